@@ -1,0 +1,1 @@
+"""The Triton Python-based backend that hosts any stage."""

@@ -1,0 +1,1 @@
+"""Finds, starts and supervises a tritonserver with a model repository."""

@@ -1,0 +1,1 @@
+"""The FastAPI shim: OpenAI requests to ensemble calls and back."""

@@ -1,0 +1,1 @@
+"""How the built-in checkpoint was made: synthetic data, training and evaluation."""

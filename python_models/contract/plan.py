@@ -1,0 +1,70 @@
+"""What ``preprocess`` tells ``language_model`` about a request beside the tensors: tensor ``plan``, a JSON string."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class MediaItem:
+    """One picture, video or sound of a prompt.
+
+    Attributes:
+        modality: "image", "video" or "audio".
+        digest: hex digest over the decoded content and everything that decides its features; equal digests mean
+            equal embeddings, so caches are keyed by it.
+        spans: half-open token ranges [start, end) of ``input_ids`` that its embedding rows replace, in row order.
+        encoder: the stage that computes its rows ("vision" or "audio"). Rows of all items of one encoder arrive
+            concatenated in the order of ``Plan.items``.
+    """
+
+    modality: str
+    digest: str
+    spans: tuple[tuple[int, int], ...]
+    encoder: str
+
+    @property
+    def num_rows(self) -> int:
+        """Embedding rows of this item."""
+        return sum(end - start for start, end in self.spans)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the language model needs to know of a request that is not a tensor.
+
+    Attributes:
+        items: the media in prompt order.
+        sampling: validated sampling parameters.
+        rope_delta: position of generated token number k is ``len(input_ids) + rope_delta + k`` (mrope; 0 otherwise).
+        stream, lease_s, timeout_s: see :class:`~triptych.python_models.contract.request.ChatRequest`.
+        extras: what single families need beside (family-private JSON values).
+    """
+
+    items: tuple[MediaItem, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    rope_delta: int = 0
+    stream: bool = True
+    lease_s: float | None = None
+    timeout_s: float | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The ``plan`` tensor's text."""
+        data = asdict(self) | {"sampling": self.sampling.to_json()}
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Inverse of :meth:`to_json`; the sender is our own ``preprocess``, so only sampling is validated again."""
+        data = json.loads(text)
+        data["items"] = tuple(
+            MediaItem(i["modality"], i["digest"], tuple((s, e) for s, e in i["spans"]), i["encoder"])
+            for i in data["items"]
+        )
+        data["sampling"] = SamplingParams.from_json(data["sampling"])
+        return cls(**data)

@@ -1,0 +1,166 @@
+"""What a caller sends into an ensemble: the JSON in tensor ``request`` beside the raw blobs in tensor ``media``.
+
+The text of a request never holds media bytes: a content part names a blob by its index in ``media`` or gives an
+http(s) URL that ``preprocess`` fetches::
+
+    {"messages": [{"role": "user", "content": [{"type": "image", "blob": 0},
+                                               {"type": "audio", "url": "https://example.com/a.wav"},
+                                               {"type": "text", "text": "What is this?"}]}],
+     "sampling": {"max_tokens": 64, "temperature": 0}, "stream": true, "lease_s": 10}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import _check as check
+from .errors import invalid
+from .sampling import SamplingParams
+
+ROLES = ("system", "developer", "user", "assistant")
+MODALITIES = ("image", "video", "audio")
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A piece of text, taken literally: special tokens written in it are plain characters."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """A picture, video or sound; exactly one of ``blob`` (index into ``media``) and ``url`` (http, https) is set."""
+
+    modality: str
+    blob: int | None = None
+    url: str | None = None
+
+
+Part = TextPart | MediaPart
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. ``plain`` is True where the caller gave a string, not a list of parts (templates may differ)."""
+
+    role: str
+    parts: tuple[Part, ...]
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """One request to the ensembles ``chat`` and ``chat_text``.
+
+    Attributes:
+        messages: the conversation, oldest first.
+        sampling: how to choose tokens.
+        stream: send deltas as they come; otherwise one delta with the whole answer.
+        lease_s: end the request unless it is renewed (``renew`` input of language_model) at least this often;
+            None: no lease.
+        timeout_s: end the request after this many seconds in any case; None: the server's limit.
+    """
+
+    messages: tuple[Message, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stream: bool = True
+    lease_s: float | None = None
+    timeout_s: float | None = None
+
+    def media(self) -> Iterator[tuple[str, MediaPart]]:
+        """(field name, part) of every medium in prompt order."""
+        for m, message in enumerate(self.messages):
+            for p, part in enumerate(message.parts):
+                if isinstance(part, MediaPart):
+                    yield f"messages[{m}].content[{p}]", part
+
+    @classmethod
+    def from_json(cls, text: str | bytes, num_blobs: int) -> ChatRequest:
+        """Parse and validate the ``request`` tensor.
+
+        Raises:
+            TriptychError: INVALID_REQUEST naming the field.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise invalid(f"request is not JSON: {error}", "request") from None
+        data = check.mapping(data, "request")
+        check.known_keys(data, ("messages", "sampling", "stream", "lease_s", "timeout_s"), "")
+        messages = data.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise invalid("messages must be a list with at least one message", "messages")
+        request = cls(
+            messages=tuple(_message(item, f"messages[{i}]") for i, item in enumerate(messages)),
+            sampling=SamplingParams.from_json(data.get("sampling", {})),
+            stream=check.boolean(data.get("stream", True), "stream"),
+            lease_s=_optional_seconds(data.get("lease_s"), "lease_s"),
+            timeout_s=_optional_seconds(data.get("timeout_s"), "timeout_s"),
+        )
+        for where, part in request.media():
+            if part.blob is not None and part.blob >= num_blobs:
+                raise invalid(f"{where}.blob is {part.blob} but the request has {num_blobs} media blobs", where)
+        return request
+
+    def to_json(self) -> str:
+        """The ``request`` tensor's text."""
+        data: dict[str, Any] = {"messages": [_message_json(m) for m in self.messages]}
+        if sampling := self.sampling.to_json():
+            data["sampling"] = sampling
+        if not self.stream:
+            data["stream"] = False
+        for name in ("lease_s", "timeout_s"):
+            if (value := getattr(self, name)) is not None:
+                data[name] = value
+        return json.dumps(data, ensure_ascii=False)
+
+
+def _optional_seconds(value: Any, param: str) -> float | None:
+    return None if value is None else check.number(value, param, 0.001, 86400)
+
+
+def _message(value: Any, where: str) -> Message:
+    data = check.mapping(value, where)
+    check.known_keys(data, ("role", "content"), where)
+    role = data.get("role")
+    if role not in ROLES:
+        raise invalid(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}", f"{where}.role")
+    content = data.get("content")
+    if isinstance(content, str):
+        return Message(role, (TextPart(content),), plain=True)
+    if not isinstance(content, list) or not content:
+        raise invalid(f"{where}.content must be a string or a list with at least one part", f"{where}.content")
+    return Message(role, tuple(_part(item, f"{where}.content[{i}]") for i, item in enumerate(content)))
+
+
+def _part(value: Any, where: str) -> Part:
+    data = check.mapping(value, where)
+    kind = data.get("type")
+    if kind == "text":
+        check.known_keys(data, ("type", "text"), where)
+        return TextPart(check.string(data.get("text"), f"{where}.text"))
+    if kind not in MODALITIES:
+        raise invalid(f"{where}.type must be one of text, {', '.join(MODALITIES)}, got {kind!r}", f"{where}.type")
+    check.known_keys(data, ("type", "blob", "url"), where)
+    if ("blob" in data) == ("url" in data):
+        raise invalid(f"{where} needs exactly one of blob and url", where)
+    if "blob" in data:
+        return MediaPart(kind, blob=check.integer(data["blob"], f"{where}.blob", 0))
+    return MediaPart(kind, url=check.string(data["url"], f"{where}.url"))
+
+
+def _message_json(message: Message) -> dict[str, Any]:
+    if message.plain and len(message.parts) == 1 and isinstance(message.parts[0], TextPart):
+        return {"role": message.role, "content": message.parts[0].text}
+    return {"role": message.role, "content": [_part_json(part) for part in message.parts]}
+
+
+def _part_json(part: Part) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    source = {"blob": part.blob} if part.blob is not None else {"url": part.url}
+    return {"type": part.modality, **source}

@@ -1,0 +1,138 @@
+"""How the next token is chosen: the sampling fields of a request and their limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from . import _check as check
+from .errors import invalid
+
+MAX_STOP_STRINGS = 16
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Sampling of one request. ``temperature`` 0 is greedy (argmax).
+
+    Attributes:
+        max_tokens: tokens to generate at most; None means up to the context length.
+        min_tokens: end-of-sequence and stop strings are suppressed before this many tokens.
+        temperature: logits are divided by it; 0 to 2.
+        top_p: nucleus sampling (Holtzman et al. 2020), (0, 1].
+        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        min_p: keep tokens with probability >= min_p * max probability (Nguyen et al. 2024), [0, 1].
+        repetition_penalty: > 1 discourages tokens of prompt and output (Keskar et al. 2019), (0, 10].
+        presence_penalty, frequency_penalty: OpenAI's, over generated tokens, [-2, 2].
+        seed: makes sampling reproducible whatever else is in the batch; None draws one.
+        stop: strings that end generation; they are not part of the answer.
+        stop_token_ids: token ids that end generation, beside the checkpoint's own.
+        ignore_eos: go on past the end-of-sequence token.
+        logprobs: report the log probability of every chosen token.
+        top_logprobs: and of that many most likely tokens, 0 to 20.
+        logit_bias: token id -> value added to its logit, [-100, 100].
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: bool = False
+    top_logprobs: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    skip_special_tokens: bool = True
+
+    @classmethod
+    def from_json(cls, value: Any, param: str = "sampling") -> SamplingParams:
+        """Validate a JSON object.
+
+        Raises:
+            TriptychError: INVALID_REQUEST that names the field and its range.
+        """
+        data = dict(check.mapping(value, param))
+        check.known_keys(data, (f.name for f in fields(cls)), param)
+        given: dict[str, Any] = {}
+        for name, item in data.items():
+            where = f"{param}.{name}" if param else name
+            if item is None and name in ("max_tokens", "seed"):
+                continue
+            given[name] = _FIELDS[name](item, where)
+        return cls(**given)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as JSON values."""
+        default = type(self)()
+        out = {k: v for k, v in asdict(self).items() if v != getattr(default, k)}
+        if "logit_bias" in out:
+            out["logit_bias"] = {str(k): v for k, v in self.logit_bias.items()}
+        return out
+
+
+def _stop(value: Any, param: str) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or len(items) > MAX_STOP_STRINGS:
+        raise invalid(f"{param} must be a string or a list of at most {MAX_STOP_STRINGS} strings", param)
+    for item in items:
+        if not check.string(item, param):
+            raise invalid(f"{param} must not hold an empty string", param)
+    return tuple(items)
+
+
+def _ids(value: Any, param: str) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise invalid(f"{param} must be a list of token ids, not {check.json_type(value)}", param)
+    return tuple(check.integer(item, param, 0, 2**31 - 1) for item in value)
+
+
+def _bias(value: Any, param: str) -> dict[int, float]:
+    out: dict[int, float] = {}
+    for key, item in check.mapping(value, param).items():
+        if not str(key).isdigit():
+            raise invalid(f"{param} keys must be token ids, got {key!r}", param)
+        out[int(key)] = check.number(item, f"{param}.{key}", -100, 100)
+    return out
+
+
+def _top_p(value: Any, param: str) -> float:
+    if (result := check.number(value, param, 0, 1)) == 0:
+        raise invalid(f"{param} must be greater than 0 and at most 1, got 0", param)
+    return result
+
+
+def _repetition(value: Any, param: str) -> float:
+    if (result := check.number(value, param, 0, 10)) == 0:
+        raise invalid(f"{param} must be greater than 0 and at most 10, got 0", param)
+    return result
+
+
+_FIELDS: dict[str, Any] = {
+    "max_tokens": lambda v, p: check.integer(v, p, 1, 2**31 - 1),
+    "min_tokens": lambda v, p: check.integer(v, p, 0, 2**31 - 1),
+    "temperature": lambda v, p: check.number(v, p, 0, 2),
+    "top_p": _top_p,
+    "top_k": lambda v, p: check.integer(v, p, -1, 2**31 - 1),
+    "min_p": lambda v, p: check.number(v, p, 0, 1),
+    "repetition_penalty": _repetition,
+    "presence_penalty": lambda v, p: check.number(v, p, -2, 2),
+    "frequency_penalty": lambda v, p: check.number(v, p, -2, 2),
+    "seed": lambda v, p: check.integer(v, p, -(2**63), 2**63 - 1),
+    "stop": _stop,
+    "stop_token_ids": _ids,
+    "ignore_eos": check.boolean,
+    "logprobs": check.boolean,
+    "top_logprobs": lambda v, p: check.integer(v, p, 0, MAX_TOP_LOGPROBS),
+    "logit_bias": _bias,
+    "skip_special_tokens": check.boolean,
+}

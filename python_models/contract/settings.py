@@ -1,0 +1,136 @@
+"""The options of a deployment that any stage reads: one frozen dataclass, sent to each stage as JSON.
+
+The launcher's command-line options map to these fields one to one; each config.pbtxt carries them in its parameter
+``settings``, so a model repository says everything a stage needs to know.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, get_type_hints
+
+from . import _check as check
+from .errors import invalid
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of a deployment.
+
+    Attributes:
+        model: "builtin", a folder in Hugging Face layout, or a hub id.
+        revision: hub revision; "" is the default branch.
+        trust_remote_code: allow code from the checkpoint.
+        device: "auto" (cuda where there is one), "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (the checkpoint's on GPU, float32 on CPU), "float32", "bfloat16" or "float16".
+        context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.
+        max_running_requests: requests that decode together.
+        max_queued_requests: requests that may wait for that; one more is refused as overloaded.
+        chunked_prefill_size: tokens that one engine step computes at most.
+        kv_cache_tokens: tokens the KV cache holds; 0 sizes it from memory.
+        block_size: tokens of one KV block.
+        mem_fraction_static: share of GPU memory for weights and KV cache together.
+        request_timeout_s: a request ends after this long in any case.
+        heartbeat_s: a running request that has nothing to say sends an empty delta this often.
+        mm_max_concurrent_calls: requests whose media one preprocess instance handles at once.
+        mm_per_request_timeout: seconds for fetching and processing the media of one request.
+        mm_cache_size_mb: budget of each encoder's cache of embeddings; 0 turns it off.
+        max_image_pixels: pixels of a picture or video frame before resizing.
+        max_video_frames: frames sampled from one video at most.
+        max_audio_s: seconds of one sound at most.
+        max_media_bytes: encoded bytes of one medium at most.
+        max_media_items: media in one request at most.
+        max_batch_rows: embedding rows one encoder batch computes at most.
+        allowed_media_hosts: "host" or "host:port" that http(s) media may come from although it is loopback or
+            private.
+        preprocess_instances: processes of the preprocess stage.
+        torch_threads: CPU threads of each stage; 0 leaves torch's default.
+    """
+
+    model: str = "builtin"
+    revision: str = ""
+    trust_remote_code: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    context_length: int = 0
+    max_running_requests: int = 64
+    max_queued_requests: int = 1024
+    chunked_prefill_size: int = 2048
+    kv_cache_tokens: int = 0
+    block_size: int = 16
+    mem_fraction_static: float = 0.85
+    request_timeout_s: float = 600.0
+    heartbeat_s: float = 2.0
+    mm_max_concurrent_calls: int = 32
+    mm_per_request_timeout: float = 60.0
+    mm_cache_size_mb: int = 256
+    max_image_pixels: int = 100_000_000
+    max_video_frames: int = 768
+    max_audio_s: float = 1800.0
+    max_media_bytes: int = 256 * 2**20
+    max_media_items: int = 64
+    max_batch_rows: int = 16384
+    allowed_media_hosts: tuple[str, ...] = ()
+    preprocess_instances: int = 1
+    torch_threads: int = 0
+
+    @classmethod
+    def from_json(cls, text: str) -> Settings:
+        """Parse the ``settings`` parameter.
+
+        Raises:
+            TriptychError: INVALID_REQUEST that names an unknown key (and the nearest known one) or a wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise invalid(f"settings are not JSON: {error}", "settings") from None
+        return cls.from_dict(dict(check.mapping(data, "settings")))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Settings:
+        """As :meth:`from_json`, from parsed values."""
+        check.known_keys(data, (f.name for f in fields(cls)), "settings")
+        types = get_type_hints(cls)
+        given: dict[str, Any] = {}
+        for name, value in data.items():
+            where = f"settings.{name}"
+            if types[name] is int:
+                given[name] = check.integer(value, where, _MINIMUM.get(name, 0))
+            elif types[name] is float:
+                given[name] = check.number(value, where, _MINIMUM.get(name, 0))
+            elif types[name] is bool:
+                given[name] = check.boolean(value, where)
+            elif types[name] is str:
+                given[name] = check.string(value, where)
+            else:
+                if not isinstance(value, (list, tuple)):
+                    raise invalid(f"{where} must be a list of strings", where)
+                given[name] = tuple(check.string(item, where) for item in value)
+        if given.get("mem_fraction_static", 0.5) > 1:
+            raise invalid("settings.mem_fraction_static must be at most 1", "settings.mem_fraction_static")
+        return cls(**given)
+
+    def to_json(self) -> str:
+        """Every field, so that a model repository is complete in itself."""
+        return json.dumps(asdict(self))
+
+
+_MINIMUM = {
+    "max_running_requests": 1,
+    "chunked_prefill_size": 1,
+    "block_size": 1,
+    "mem_fraction_static": 0.01,
+    "request_timeout_s": 0.1,
+    "heartbeat_s": 0.05,
+    "mm_max_concurrent_calls": 1,
+    "mm_per_request_timeout": 0.01,
+    "max_image_pixels": 1,
+    "max_video_frames": 1,
+    "max_audio_s": 0.01,
+    "max_media_bytes": 1,
+    "max_media_items": 1,
+    "max_batch_rows": 1,
+    "preprocess_instances": 1,
+}

@@ -1,0 +1,138 @@
+"""Every tensor of every model and ensemble, declared once.
+
+``config.pbtxt`` is written from these specs and the backend converts by them. All models have ``max_batch_size: 0``
+(stages batch on their own, over requests of different shapes), so dims hold no batch axis.
+
+Every stage takes ``cancel`` (and ``language_model`` also ``renew``): a control request, sent to the stage itself, that
+names the ids of requests to end (to keep alive). A control request with nothing else is answered at once, with no
+tensors, and is also the probe that tells a living stage from a dead one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STRING, UINT8, INT32, FP32 = "TYPE_STRING", "TYPE_UINT8", "TYPE_INT32", "TYPE_FP32"
+EMBEDDING = "EMBEDDING"
+"""Stands for the embedding dtype of a deployment: FP32 on CPU, BF16 or FP16 on GPU (chosen when the repository is written)."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor. ``dims`` as in config.pbtxt: -1 is any size. ``device_ok``: may live on the GPU."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    optional: bool = False
+    device_ok: bool = False
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A Triton model that hosts one stage."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    decoupled: bool = False
+    uses_gpu: bool = False
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of an ensemble; maps are {stage tensor: ensemble tensor}."""
+
+    stage: str
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class EnsembleSpec:
+    """A Triton ensemble."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    steps: tuple[Step, ...] = field(default=())
+    help: str = ""
+
+
+REQUEST = TensorSpec("request", STRING, (1,), True, help="JSON, see contract/request.py")
+MEDIA = TensorSpec("media", STRING, (-1,), True, help="raw encoded media (PNG, MP4, WAV ...), one element each")
+CANCEL = TensorSpec("cancel", STRING, (-1,), True, help="ids of requests to end now")
+RENEW = TensorSpec("renew", STRING, (-1,), True, help="ids of requests whose lease starts anew")
+
+INPUT_IDS = TensorSpec("input_ids", INT32, (-1,), True, help="prompt tokens, media expanded [L]")
+POSITION_IDS = TensorSpec("position_ids", INT32, (-1, -1), True, help="[axes, L]; 3 axes for mrope, else 1")
+PLAN = TensorSpec("plan", STRING, (1,), True, help="JSON, see contract/plan.py")
+VISION_FEATURES = TensorSpec("vision_features", UINT8, (-1,), True, help="packed, see contract/features.py")
+AUDIO_FEATURES = TensorSpec("audio_features", UINT8, (-1,), True, help="packed, see contract/features.py")
+VISION_EMBEDDINGS = TensorSpec("vision_embeddings", EMBEDDING, (-1, -1), True, True, "[rows, hidden * (1 + deepstack)]")
+AUDIO_EMBEDDINGS = TensorSpec("audio_embeddings", EMBEDDING, (-1, -1), True, True, "[rows, hidden]")
+
+DELTA = (
+    TensorSpec("text", STRING, (1,), help="text since the last response"),
+    TensorSpec("token_ids", INT32, (-1,), help="tokens since the last response"),
+    TensorSpec("finish_reason", STRING, (1,), help="stop, length, or empty while running"),
+    TensorSpec("index", INT32, (1,), help="choice number"),
+    TensorSpec("info", STRING, (1,), help="JSON: usage, logprobs, matched_stop; or empty"),
+)
+
+PREPROCESS = StageSpec(
+    "preprocess",
+    (REQUEST, MEDIA, CANCEL),
+    (INPUT_IDS, POSITION_IDS, PLAN, VISION_FEATURES, AUDIO_FEATURES),
+    help="fetches, decodes, applies chat template and processor",
+)
+VISION_ENCODER = StageSpec(
+    "vision_encoder", (VISION_FEATURES, CANCEL), (VISION_EMBEDDINGS,), uses_gpu=True, help="pictures and video frames"
+)
+AUDIO_ENCODER = StageSpec(
+    "audio_encoder", (AUDIO_FEATURES, CANCEL), (AUDIO_EMBEDDINGS,), uses_gpu=True, help="sounds"
+)
+LANGUAGE_MODEL = StageSpec(
+    "language_model",
+    (INPUT_IDS, POSITION_IDS, PLAN, VISION_EMBEDDINGS, AUDIO_EMBEDDINGS, CANCEL, RENEW),
+    DELTA,
+    decoupled=True,
+    uses_gpu=True,
+    help="continuous batching with a paged KV cache",
+)
+STAGES = {spec.name: spec for spec in (PREPROCESS, VISION_ENCODER, AUDIO_ENCODER, LANGUAGE_MODEL)}
+
+_DELTA_MAP = {spec.name: spec.name for spec in DELTA}
+CHAT = EnsembleSpec(
+    "chat",
+    (REQUEST, MEDIA),
+    DELTA,
+    (
+        Step(
+            "preprocess",
+            {"request": "request", "media": "media"},
+            {n: n for n in ("input_ids", "position_ids", "plan", "vision_features", "audio_features")},
+        ),
+        Step("vision_encoder", {"vision_features": "vision_features"}, {"vision_embeddings": "vision_embeddings"}),
+        Step("audio_encoder", {"audio_features": "audio_features"}, {"audio_embeddings": "audio_embeddings"}),
+        Step(
+            "language_model",
+            {n: n for n in ("input_ids", "position_ids", "plan", "vision_embeddings", "audio_embeddings")},
+            _DELTA_MAP,
+        ),
+    ),
+    help="text, pictures, videos and sounds in, text out",
+)
+CHAT_TEXT = EnsembleSpec(
+    "chat_text",
+    (REQUEST,),
+    DELTA,
+    (
+        Step("preprocess", {"request": "request"}, {n: n for n in ("input_ids", "position_ids", "plan")}),
+        Step("language_model", {n: n for n in ("input_ids", "position_ids", "plan")}, _DELTA_MAP),
+    ),
+    help="text in, text out: no encoder step",
+)
+ENSEMBLES = {spec.name: spec for spec in (CHAT, CHAT_TEXT)}

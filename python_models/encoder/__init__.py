@@ -1,0 +1,1 @@
+"""The encoder stages: packed features in, embeddings out, with a cache keyed by content."""

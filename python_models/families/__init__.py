@@ -1,0 +1,1 @@
+"""Model families: where transformers' models are split into stages (see base.py)."""

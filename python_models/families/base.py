@@ -1,0 +1,134 @@
+"""The Family protocol: what differs from one model architecture to the next, and nothing else.
+
+A family is one small file. Everything that transformers already does (model code, processors, templates) is used
+from there; the truth for every family is transformers' own ``generate`` on the same checkpoint. One family object
+lives in each stage process and is asked only for that stage's part, so no process loads weights it does not use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..contract.features import EncoderItem
+from ..contract.plan import MediaItem
+from ..contract.request import Message
+from ..media.types import Medium
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """How a family samples a video: n = clamp(round(duration * fps), min_frames, max_frames), then rounded down to a
+    multiple of ``multiple`` (never below it), at evenly spaced indices (linspace) over the file's frames.
+
+    ``num_frames`` fixes n where it is set.
+    """
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    multiple: int = 2
+    num_frames: int | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request ready for the encoders and the language model.
+
+    Attributes:
+        input_ids: int32 [L], media expanded.
+        position_ids: int32 [axes, L].
+        rope_delta: see ``Plan.rope_delta``.
+        items: media in prompt order, with their token spans.
+        features: for each encoder ("vision", "audio") its items in the same order.
+        extras: see ``Plan.extras``.
+    """
+
+    input_ids: NDArray[np.int32]
+    position_ids: NDArray[np.int32]
+    rope_delta: int
+    items: tuple[MediaItem, ...]
+    features: dict[str, list[EncoderItem]]
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The language model half of a checkpoint, loaded on its device.
+
+    Attributes:
+        text_model: transformers' decoder stack; called with ``inputs_embeds`` [1, T, H], ``position_ids``
+            [axes, 1, T] (or [1, T] for one axis), ``attention_mask=None``; gives ``last_hidden_state`` [1, T, H].
+        lm_head: [N, H] -> logits [N, V].
+        embed: (ids int64 [T], is_media bool [T]) -> [T, H]; media positions hold any value.
+        config: transformers' text config.
+        tokenizer: transformers' tokenizer (for detokenising).
+        eos_token_ids: ids that end an answer (generation_config, else config).
+        context_length: positions the checkpoint was made for.
+        num_axes: axes of position ids (3 for mrope, else 1).
+    """
+
+    text_model: nn.Module
+    lm_head: nn.Module
+    embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    config: Any
+    tokenizer: Any
+    eos_token_ids: frozenset[int]
+    context_length: int
+    num_axes: int
+
+
+class Preprocessor(Protocol):
+    """A family's part of the preprocess stage. Thread-safe: many requests are prepared at once."""
+
+    modalities: frozenset[str]
+    """Of "image", "video", "audio": what this checkpoint takes."""
+    frame_sampling: FrameSampling
+    sampling_rate: int
+    """Of sounds, in Hz."""
+    context_length: int
+
+    def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
+        """Apply template, processor and position rule.
+
+        Args:
+            messages: validated messages; text is literal (special tokens in it are plain characters).
+            media: the decoded media of all MediaParts, in prompt order.
+
+        Raises:
+            TriptychError: INVALID_REQUEST or UNSUPPORTED, naming the field.
+        """
+
+
+class Encoder(Protocol):
+    """A family's encoder ("vision" or "audio"), loaded on its device without the rest of the checkpoint."""
+
+    width: int
+    """Columns of an embedding row: hidden size * (1 + deepstack layers)."""
+
+    def encode(self, items: Sequence[EncoderItem]) -> list[torch.Tensor]:
+        """Run the tower and projector over a packed batch; per item [num_rows, width] on the encoder's device."""
+
+
+class Family(Protocol):
+    """One model architecture (one or several ``model_type`` values of config.json)."""
+
+    encoders: frozenset[str]
+    """Of "vision", "audio": the encoders the checkpoint has."""
+
+    def load_preprocessor(self) -> Preprocessor:
+        """Processor, tokenizer, template and position rule; no weights."""
+
+    def load_encoder(self, encoder: str, device: str, dtype: torch.dtype) -> Encoder:
+        """Only the weights of this encoder."""
+
+    def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
+        """Only the weights of the language model."""

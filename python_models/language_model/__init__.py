@@ -1,0 +1,1 @@
+"""The language model stage: continuous batching over a paged KV cache."""

@@ -1,0 +1,1 @@
+"""Media: guarded fetching, decoding and hashing of pictures, videos and sounds."""

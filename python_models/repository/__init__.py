@@ -1,0 +1,1 @@
+"""Writes a Triton model repository (config.pbtxt files) from the contract."""

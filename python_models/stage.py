@@ -1,0 +1,84 @@
+"""What a stage is, without any server: the Triton backend, the offline engine and the tests all host this.
+
+A stage owns its threads and its batching. ``submit`` and ``cancel`` return at once; answers go through the
+:class:`Responder` from whatever thread the stage likes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from .contract.errors import TriptychError
+from .contract.settings import Settings
+
+
+class Responder(Protocol):
+    """Where the answers to one request go. Thread-safe; calls after the final one are ignored."""
+
+    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
+        """Send one response: STRING tensors as lists of str or bytes, others as numpy arrays or torch tensors.
+
+        A decoupled stage may send many, with ``final`` on the last; others send exactly one, final.
+        """
+
+    def fail(self, error: TriptychError) -> None:
+        """End the request with an error."""
+
+
+class Telemetry(Protocol):
+    """Where a stage's measurements go (names: contract/metrics.py). Thread-safe, never blocks."""
+
+    def add(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Increase a counter, or a gauge by a signed amount."""
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Record one observation of a histogram."""
+
+
+class NoTelemetry:
+    """A Telemetry that forgets everything."""
+
+    def add(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Do nothing."""
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Do nothing."""
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Do nothing."""
+
+
+class Stage(ABC):
+    """One model of the ensemble. The constructor loads everything and raises a TriptychError that says what to do."""
+
+    def __init__(self, settings: Settings, telemetry: Telemetry, device: str) -> None:
+        """Args: settings of the deployment; telemetry; ``device``, a torch device string such as "cuda:0"."""
+        self.settings = settings
+        self.telemetry = telemetry
+        self.device = device
+
+    @abstractmethod
+    def submit(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
+        """Take a request; never blocks, never raises: every outcome goes through ``responder``.
+
+        Args:
+            request_id: unique among running requests ("" where the caller gave none).
+            inputs: the stage's input tensors that are present: STRING as list[bytes], others as numpy arrays, or
+                torch tensors where the spec says ``device_ok``.
+        """
+
+    @abstractmethod
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """End these requests with CANCELLED; ids it does not know are ignored. Never blocks."""
+
+    def renew(self, request_ids: Sequence[str]) -> None:
+        """Restart the lease of these requests (language_model only)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End every request with an error, stop all threads, free memory."""
