@@ -76,7 +76,7 @@ class Stage(ABC):
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End these requests with CANCELLED; ids it does not know are ignored. Never blocks."""
 
-    def renew(self, request_ids: Sequence[str]) -> None:
+    def renew(self, request_ids: Sequence[str]) -> None:  # noqa: B027 - most stages keep no leases
         """Restart the lease of these requests (language_model only)."""
 
     @abstractmethod

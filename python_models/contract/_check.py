@@ -81,5 +81,3 @@ def _range(low: float, high: float) -> str:
     if math.isinf(low):
         return f"at most {high:g}"
     return f"between {low:g} and {high:g}"
-
-

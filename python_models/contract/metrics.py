@@ -28,14 +28,18 @@ METRICS = {
         MetricSpec("triptych_batch_size", "histogram", "Requests in one batch", (), (1, 2, 4, 8, 16, 32, 64, 128)),
         MetricSpec("triptych_media_items_total", "counter", "Media handled", ("modality",)),
         MetricSpec("triptych_media_bytes_total", "counter", "Encoded bytes of media handled", ("modality",)),
-        MetricSpec("triptych_media_decode_seconds", "histogram", "Fetch and decode of one medium", ("modality",), SECONDS),
+        MetricSpec(
+            "triptych_media_decode_seconds", "histogram", "Fetch and decode of one medium", ("modality",), SECONDS
+        ),
         MetricSpec("triptych_encoder_cache_hits_total", "counter", "Media served from the encoder cache"),
         MetricSpec("triptych_encoder_cache_misses_total", "counter", "Media that had to be encoded"),
         MetricSpec("triptych_encoder_cache_bytes", "gauge", "Bytes in the encoder cache"),
         MetricSpec("triptych_prompt_tokens_total", "counter", "Prompt tokens computed or found in cache"),
         MetricSpec("triptych_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache"),
         MetricSpec("triptych_generation_tokens_total", "counter", "Tokens generated"),
-        MetricSpec("triptych_time_to_first_token_seconds", "histogram", "Arrival at the engine to first token", (), SECONDS),
+        MetricSpec(
+            "triptych_time_to_first_token_seconds", "histogram", "Arrival at the engine to first token", (), SECONDS
+        ),
         MetricSpec("triptych_inter_token_seconds", "histogram", "Time between tokens of one request", (), SECONDS),
         MetricSpec("triptych_preemptions_total", "counter", "Requests whose KV blocks were taken back"),
         MetricSpec("triptych_kv_cache_usage_ratio", "gauge", "Share of KV blocks in use"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 STRING, UINT8, INT32, FP32 = "TYPE_STRING", "TYPE_UINT8", "TYPE_INT32", "TYPE_FP32"
 EMBEDDING = "EMBEDDING"
-"""Stands for the embedding dtype of a deployment: FP32 on CPU, BF16 or FP16 on GPU (chosen when the repository is written)."""
+"""Stands for the embedding dtype of a deployment: FP32 on CPU, BF16 or FP16 on GPU."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,7 @@ PREPROCESS = StageSpec(
 VISION_ENCODER = StageSpec(
     "vision_encoder", (VISION_FEATURES, CANCEL), (VISION_EMBEDDINGS,), uses_gpu=True, help="pictures and video frames"
 )
-AUDIO_ENCODER = StageSpec(
-    "audio_encoder", (AUDIO_FEATURES, CANCEL), (AUDIO_EMBEDDINGS,), uses_gpu=True, help="sounds"
-)
+AUDIO_ENCODER = StageSpec("audio_encoder", (AUDIO_FEATURES, CANCEL), (AUDIO_EMBEDDINGS,), uses_gpu=True, help="sounds")
 LANGUAGE_MODEL = StageSpec(
     "language_model",
     (INPUT_IDS, POSITION_IDS, PLAN, VISION_EMBEDDINGS, AUDIO_EMBEDDINGS, CANCEL, RENEW),

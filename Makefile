@@ -1,0 +1,47 @@
+# Every target sets up what it needs in .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo serve test test-gpu lint format check repository clean
+help:                 ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Triptych needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a minute or two on first use)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[server,dev]'
+	@touch $@
+
+demo: $(INSTALLED)    ## start the server on the built-in model and ask it about a picture, a video and a sound
+	@$(BIN)/python examples/demo.py
+
+serve: $(INSTALLED)   ## serve MODEL (default: the built-in one) on port 30000; more options with ARGS="..."
+	@$(BIN)/triptych serve $(MODEL) $(ARGS)
+
+test: $(INSTALLED)    ## all tests that need no GPU
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(INSTALLED)  ## the tests that need a GPU
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(INSTALLED)    ## ruff: lint and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+check: $(INSTALLED)   ## mypy, strict
+	@mkdir -p .typing && ln -sfn .. .typing/triptych
+	@$(BIN)/mypy
+
+repository: $(INSTALLED)  ## write model_repository/ anew from the contract
+	@$(BIN)/python -m triptych.python_models.repository --output model_repository
+
+clean:                ## remove the environment and all caches
+	@rm -rf $(VENV) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
