@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from .errors import ErrorKind, TriptychError
@@ -61,7 +62,7 @@ def unpack(packed: NDArray[np.uint8]) -> list[EncoderItem]:
         for name, value in tensors.items():
             k, _, key = name.partition(".")
             items[int(k)].tensors[key] = value
-    except Exception as error:
+    except (SafetensorError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise TriptychError(
             ErrorKind.INVALID_REQUEST, f"features are not a packed safetensors container: {error}", "features"
         ) from None
