@@ -1,0 +1,125 @@
+"""What the server adds: the whole path (shim + ensemble) against the same stages called in one process.
+
+    python benchmarks/overhead.py [--model builtin] [--device cpu] [--name overhead_cpu]
+
+Both sides answer the same requests in the same run, taking turns: one stream with a new picture each (time to first
+token), then 16 clients (completion tokens per second).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+from support import body, median, picture, save, server
+from triptych.python_models.contract.request import ChatRequest, MediaPart, Message, TextPart
+from triptych.python_models.contract.sampling import SamplingParams
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.local import LocalEnsemble
+
+QUESTION = "What is in the picture?"
+
+
+def http_request(client: httpx.Client, url: str, png: bytes, max_tokens: int) -> tuple[float, int]:
+    """(seconds to the first token, tokens)."""
+    start = time.perf_counter()
+    first = 0.0
+    tokens = 0
+    request = body(png, QUESTION, max_tokens) | {"stream_options": {"include_usage": True}}
+    with client.stream("POST", f"{url}/v1/chat/completions", json=request) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if not first and chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+                first = time.perf_counter() - start
+            if chunk.get("usage"):
+                tokens = chunk["usage"]["completion_tokens"]
+    return first, tokens
+
+
+def local_request(local: LocalEnsemble, png: bytes, max_tokens: int) -> tuple[float, int]:
+    """As http_request, in process."""
+    message = Message("user", (MediaPart("image", blob=0), TextPart(QUESTION)))
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    start = time.perf_counter()
+    first = 0.0
+    tokens = 0
+    for delta in local.chat(ChatRequest((message,), sampling), [png]):
+        if not first and delta.text:
+            first = time.perf_counter() - start
+        tokens += len(delta.token_ids)
+    return first, tokens
+
+
+def throughput(call: Callable[[int], tuple[float, int]], clients: int, each: int, seed: int) -> float:
+    """Completion tokens per second of ``clients`` closed loops with ``each`` requests."""
+    counts = [0] * clients
+
+    def loop(k: int) -> None:
+        for i in range(each):
+            counts[k] += call(seed + k * each + i)[1]
+
+    threads = [threading.Thread(target=loop, args=(k,)) for k in range(clients)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="builtin")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", default="overhead_cpu")
+    parser.add_argument("--requests", type=int, default=30, help="requests of the TTFT part, per side")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--each", type=int, default=4, help="requests of each client, per side and round")
+    parser.add_argument("--max-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+
+    with server(args.model, "--device", args.device) as (url, _, _), httpx.Client(
+        timeout=600, limits=httpx.Limits(max_connections=None)
+    ) as client, LocalEnsemble(Settings(model=args.model, device=args.device), args.device) as local:  # fmt: skip
+        sides: dict[str, Callable[[int, int], tuple[float, int]]] = {
+            "server": lambda seed, n: http_request(client, url, picture(seed), n),
+            "in_process": lambda seed, n: local_request(local, picture(seed), n),
+        }
+        for call in sides.values():
+            for seed in range(3):
+                call(seed, 4)
+        ttft: dict[str, list[float]] = {name: [] for name in sides}
+        for i in range(args.requests):
+            for k, (name, call) in enumerate(sides.items()):
+                ttft[name].append(call(1000 + 2 * i + k, 4)[0] * 1e3)
+        rate: dict[str, list[float]] = {name: [] for name in sides}
+        for i in range(args.rounds):
+            for k, (name, call) in enumerate(sides.items()):
+                seed = 10_000 * (2 * i + k + 1)
+                one = lambda s, call=call: call(s, args.max_tokens)  # noqa: E731
+                rate[name].append(throughput(one, args.clients, args.each, seed))
+    save(
+        args.name,
+        sys.argv,
+        {
+            "ttft_ms_median": {name: round(median(v), 2) for name, v in ttft.items()},
+            "ttft_added_ms_median": round(median(ttft["server"]) - median(ttft["in_process"]), 2),
+            "clients": args.clients,
+            "tokens_per_s_median": {name: round(median(v), 1) for name, v in rate.items()},
+            "throughput_ratio_median": round(
+                median([a / b for a, b in zip(rate["server"], rate["in_process"], strict=True)]), 3
+            ),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
