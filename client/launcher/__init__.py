@@ -1,1 +1,8 @@
 """Finds, starts and supervises a tritonserver with a model repository."""
+
+from .binary import ServerBinary, find_server
+from .checks import Check, checks
+from .errors import LauncherError
+from .server import TritonServer
+
+__all__ = ["Check", "LauncherError", "ServerBinary", "TritonServer", "checks", "find_server"]

@@ -1,0 +1,95 @@
+"""Runs a server and outlives its starter just long enough to clean up after it.
+
+Executed as a program (``python -I -S guard.py '<json>'``), never imported by the launcher: a process of its own, with
+one thread, ends the server, its model processes and their shared memory also when the launcher is killed. It reads
+nothing from its standard input but the end of it, which is the order to stop; it prints the server's pid, and later
+the server's exit status.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+TICK_S = 0.1
+
+
+def main(job: dict[str, Any]) -> None:
+    """Run ``job["command"]`` until it ends or the starter wants it to."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    starter = os.getppid()
+    with open(job["log"], "ab", buffering=0) as log:
+        server = subprocess.Popen(
+            job["command"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=job["cwd"],
+            env=job["env"],
+            start_new_session=True,
+            preexec_fn=_prepare_server,
+        )
+    try:
+        _say(f"pid {server.pid}")
+        while server.poll() is None and os.getppid() == starter:
+            readable, _, _ = select.select([0], [], [], TICK_S)
+            if readable and not os.read(0, 4096):
+                break
+        _end(server, float(job["grace_s"]))
+    finally:
+        clean(server.pid, job["shm_prefix"], job["folder"])
+    _say(f"exit {server.returncode}")
+
+
+def clean(group: int, shm_prefix: str, folder: str) -> None:
+    """Kill what is left of the server's process group; remove its shared memory and its runtime folder."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except OSError:
+            break
+        time.sleep(0.01)
+    for region in glob.glob(f"/dev/shm/{glob.escape(shm_prefix)}*"):
+        os.unlink(region)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _prepare_server() -> None:
+    """In the new process: die with the guard, and take the signals the guard ignores."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _end(server: subprocess.Popen[bytes], grace_s: float) -> None:
+    if server.poll() is None:
+        server.terminate()
+        try:
+            server.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            server.kill()
+    server.wait()
+
+
+def _say(text: str) -> None:
+    try:
+        os.write(1, f"{text}\n".encode())
+    except BrokenPipeError:
+        # nobody listens any more; the work goes on
+        pass
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
