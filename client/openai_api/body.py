@@ -1,0 +1,68 @@
+"""Reads a request body within its limits."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import ClientDisconnect, Request
+from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
+
+from .admission import Ticket
+
+# A client that is still sending would not see the answer if the connection were closed under it.
+_DISCARD_S = 10.0
+
+
+async def read_body(request: Request, ticket: Ticket, max_bytes: int) -> bytes:
+    """The whole body.
+
+    Args:
+        request: the HTTP request.
+        ticket: accounts for the bytes.
+        max_bytes: the limit.
+
+    Raises:
+        TriptychError: TOO_LARGE, OVERLOADED, CANCELLED where the client went away, or a wrong Content-Length.
+    """
+    declared = request.headers.get("content-length")
+    if declared is not None and not declared.isdecimal():
+        raise invalid(f"the header Content-Length must be a number, got {declared!r}")
+    chunks: list[bytes] = []
+    size = 0
+    stream = request.stream()
+    try:
+        if declared is not None and int(declared) > max_bytes:
+            raise _too_large(max_bytes)
+        async for chunk in stream:
+            size += len(chunk)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
+            ticket.grow(len(chunk))
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise TriptychError(ErrorKind.CANCELLED, "the client went away") from None
+    except TriptychError:
+        chunks.clear()
+        ticket.release_bytes()
+        await _discard(request)
+        raise
+    return b"".join(chunks)
+
+
+def _too_large(max_bytes: int) -> TriptychError:
+    return TriptychError(
+        ErrorKind.TOO_LARGE, f"the request body is larger than this server's limit of {max_bytes} bytes"
+    )
+
+
+async def _discard(request: Request) -> None:
+    async def rest() -> None:
+        while True:
+            message = await request.receive()
+            if message["type"] != "http.request" or not message.get("more_body", False):
+                return
+
+    try:
+        await asyncio.wait_for(rest(), _DISCARD_S)
+    except asyncio.TimeoutError:
+        return

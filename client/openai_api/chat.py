@@ -1,0 +1,124 @@
+"""POST /v1/chat/completions, from the body to the last byte."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from triptych.python_models.contract.delta import Delta
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
+
+from . import sse
+from .admission import Ticket
+from .body import read_body
+from .errors import in_openai_words
+from .fields import ChatCall, parse
+from .generation import Generation
+from .service import Service
+
+# Parsing more than this would hold up the tokens of all other requests.
+_PARSE_INLINE_BYTES = 64 * 2**10
+
+
+async def chat_completions(request: Request, service: Service) -> Response:
+    """Answer one chat completion.
+
+    Raises:
+        TriptychError: for every failure before the first byte of the answer.
+    """
+    arrival = time.perf_counter()
+    if error := service.unavailable():
+        raise error
+    ticket = service.admission.enter()
+    try:
+        options = service.options
+        body = await read_body(request, ticket, options.max_body_bytes)
+        work = partial(parse, body, options.served_model_name, options.lease_s)
+        call = await asyncio.to_thread(work) if len(body) > _PARSE_INLINE_BYTES else work()
+        del body, work
+        run = _Run(request, service, ticket, call, arrival)
+    except BaseException as error:
+        ticket.release()
+        if isinstance(error, TriptychError) and error.kind is ErrorKind.CANCELLED:
+            request.state.client_closed = True
+        raise
+    return await run.answer()
+
+
+class _Run:
+    """One accepted request: its generation, the watch over its client, and its share of the shim."""
+
+    def __init__(self, request: Request, service: Service, ticket: Ticket, call: ChatCall, arrival: float) -> None:
+        self._generation = service.begin(call.request, call.media)
+        self._request = request
+        self._service = service
+        self._ticket = ticket
+        self._token_limit = call.token_limit
+        self._stream = call.request.stream
+        self._arrival = arrival
+        self._saw_text = False
+        self._completion = sse.Completion(
+            self._generation.id, int(time.time()), call.model, service.fingerprint, call.include_usage
+        )
+        self._watch = asyncio.create_task(_until_gone(request, self._generation, service))
+
+    async def answer(self) -> Response:
+        """The response; for a stream, once the engine has accepted the request."""
+        try:
+            deltas = await self._next()
+            self._ticket.release_bytes()
+            if self._stream:
+                return sse.EventStream(self._events(deltas))
+            while not deltas[-1].finish_reason:
+                deltas += await self._next()
+            body = self._completion.whole(deltas)
+        except BaseException:
+            self._close()
+            raise
+        self._close()
+        return JSONResponse(body)
+
+    async def _events(self, deltas: list[Delta]) -> AsyncIterator[bytes]:
+        try:
+            yield self._completion.first_chunk()
+            while True:
+                if data := b"".join(self._completion.chunks(delta) for delta in deltas):
+                    yield data
+                if deltas[-1].finish_reason:
+                    break
+                deltas = await self._next()
+            yield sse.DONE
+        except TriptychError as error:
+            yield sse.error_event(error)
+        finally:
+            self._close()
+
+    async def _next(self) -> list[Delta]:
+        try:
+            deltas = await self._generation.next()
+        except TriptychError as error:
+            self._service.note(error)
+            raise in_openai_words(error, self._token_limit) from None
+        if not self._saw_text and any(delta.token_ids for delta in deltas):
+            self._saw_text = True
+            self._service.metrics.first_token.observe(time.perf_counter() - self._arrival)
+        return deltas
+
+    def _close(self) -> None:
+        self._watch.cancel()
+        self._service.cancel(self._generation)
+        self._service.metrics.duration.observe(time.perf_counter() - self._arrival)
+        self._ticket.release()
+
+
+async def _until_gone(request: Request, generation: Generation, service: Service) -> None:
+    """Cancel the generation the moment its client goes away, whether anything is being written or not."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    request.state.client_closed = True
+    service.metrics.cancelled.inc()
+    service.cancel(generation)

@@ -1,0 +1,73 @@
+"""Every failure as an OpenAI error object: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
+
+RETRY_AFTER_S = 2
+
+_SAMPLING = re.compile(r"\bsampling\.(?=[a-z])")
+_HTTP_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+
+
+def in_openai_words(error: TriptychError, token_limit: str = "max_tokens") -> TriptychError:
+    """The error with the names a caller of the OpenAI API knows instead of the contract's.
+
+    Args:
+        error: as a stage reported it, for example with param ``sampling.temperature``.
+        token_limit: how the request named its limit, ``max_tokens`` or ``max_completion_tokens``.
+    """
+
+    def rename(text: str) -> str:
+        return re.sub(r"\bmax_tokens\b", token_limit, _SAMPLING.sub("", text))
+
+    param = rename(error.param) if error.param else None
+    return TriptychError(error.kind, rename(error.message), param, error.stage)
+
+
+def error_object(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:
+    """The JSON body of an error answer."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def body_of(error: TriptychError) -> dict[str, Any]:
+    """The JSON body of an error answer, or of an error inside a stream."""
+    return error_object(error.message, error.kind.status, error.param, error.kind.value)
+
+
+def answer_to(error: TriptychError) -> JSONResponse:
+    """The HTTP answer to an error."""
+    status = error.kind.status
+    headers = {"retry-after": str(RETRY_AFTER_S)} if status == 503 else None
+    return JSONResponse(body_of(error), status, headers)
+
+
+async def on_triptych_error(request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for :class:`TriptychError`."""
+    assert isinstance(error, TriptychError)
+    return answer_to(error)
+
+
+async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for the framework's own errors: unknown routes and methods."""
+    assert isinstance(error, HTTPException)
+    path = f"{request.method} {request.url.path}"
+    message = {
+        404: f"there is no {path}; this server has /v1/chat/completions, /v1/models, /health and /metrics",
+        405: f"{path} is not allowed; allowed: {(error.headers or {}).get('Allow', '')}",
+    }.get(error.status_code, str(error.detail))
+    code = _HTTP_CODES.get(error.status_code, "invalid_request")
+    return JSONResponse(error_object(message, error.status_code, None, code), error.status_code, error.headers)
+
+
+async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
+    """Exception handler for a fault of the shim itself; the framework logs the traceback."""
+    failed = TriptychError(ErrorKind.STAGE_FAILED, f"the HTTP endpoint failed: {type(error).__name__}")
+    return answer_to(failed)

@@ -1,0 +1,166 @@
+"""The body of a chat completion, checked field by field: nothing that a caller asks for is ignored in silence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from triptych.python_models.contract import _check as check
+from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
+from triptych.python_models.contract.request import ChatRequest
+from triptych.python_models.contract.sampling import SamplingParams
+
+from . import parts
+
+# Answers to the name that SGLang's clients send when they do not care which model it is.
+ANY_MODEL = "default"
+
+_SAMPLING = frozenset(f.name for f in fields(SamplingParams)) - {"max_tokens"}
+_TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
+_OWN = ("model", "messages", "stream", "stream_options", *_TOKEN_LIMITS)
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """A checked request body.
+
+    Attributes:
+        model: the name it asked for.
+        request: what goes to the ensemble (lease not yet set).
+        media: its blobs.
+        include_usage: send a usage chunk at the end of the stream.
+        token_limit: how the body named its token limit, for error messages.
+    """
+
+    model: str
+    request: ChatRequest
+    media: tuple[bytes, ...]
+    include_usage: bool
+    token_limit: str
+
+
+def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
+    """Check a request body.
+
+    Args:
+        body: the raw body; its content type does not matter.
+        served_model_name: the only model there is (beside :data:`ANY_MODEL`).
+        lease_s: see ``ChatRequest.lease_s``.
+
+    Raises:
+        TriptychError: naming the field at fault and what is allowed.
+    """
+    data = _object(body)
+    check.known_keys(data, (*_OWN, *_SAMPLING, *_NEUTRAL), "")
+    model = _model(data, served_model_name)
+    for name, rule in _NEUTRAL.items():
+        if data.get(name) is not None:
+            rule(data[name], name)
+    stream = _optional_boolean(data, "stream")
+    include_usage = _include_usage(data, stream)
+    sampling, token_limit = _sampling(data)
+    blobs: list[bytes] = []
+    messages = parts.messages(data.get("messages"), blobs)
+    request = ChatRequest(messages, sampling, stream, lease_s)
+    return ChatCall(model, request, tuple(blobs), include_usage, token_limit)
+
+
+def _object(body: bytes) -> Mapping[str, Any]:
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"the request body is not JSON: {error}") from None
+    if not isinstance(data, Mapping):
+        raise invalid(f"the request body must be a JSON object, not {check.json_type(data)}")
+    return data
+
+
+def _model(data: Mapping[str, Any], served_model_name: str) -> str:
+    if data.get("model") is None:
+        raise invalid(f"model is missing; this server has {served_model_name!r}", "model")
+    model = check.string(data["model"], "model")
+    if model not in (served_model_name, ANY_MODEL):
+        raise TriptychError(
+            ErrorKind.MODEL_NOT_FOUND, f"model {model!r} does not exist; this server has {served_model_name!r}", "model"
+        )
+    return model
+
+
+def _include_usage(data: Mapping[str, Any], stream: bool) -> bool:
+    if data.get("stream_options") is None:
+        return False
+    options = check.mapping(data["stream_options"], "stream_options")
+    if not stream:
+        raise invalid("stream_options is only allowed with stream: true", "stream_options")
+    check.known_keys(options, ("include_usage", "include_obfuscation", "continuous_usage_stats"), "stream_options")
+    for name in ("include_obfuscation", "continuous_usage_stats"):
+        if _optional_boolean(options, name, "stream_options"):
+            raise _unsupported(f"stream_options.{name}", "false")
+    return _optional_boolean(options, "include_usage", "stream_options")
+
+
+def _sampling(data: Mapping[str, Any]) -> tuple[SamplingParams, str]:
+    given = {name: data[name] for name in _SAMPLING if data.get(name) is not None}
+    # OpenAI's newer name wins where both are given, as in its own API.
+    limit = next((name for name in _TOKEN_LIMITS if data.get(name) is not None), "max_tokens")
+    if data.get(limit) is not None:
+        given["max_tokens"] = check.integer(data[limit], limit, 1, 2**31 - 1)
+    if given.get("top_logprobs") is not None and given.get("logprobs") is not True:
+        raise invalid("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+    for item in given["stop"] if isinstance(given.get("stop"), list) else [given.get("stop")]:
+        if isinstance(item, str):
+            parts.text(item, "stop")
+    return SamplingParams.from_json(given, ""), limit
+
+
+def _optional_boolean(data: Mapping[str, Any], name: str, where: str = "") -> bool:
+    field = f"{where}.{name}" if where else name
+    return data.get(name) is not None and check.boolean(data[name], field)
+
+
+def _unsupported(field: str, allowed: str) -> TriptychError:
+    return TriptychError(ErrorKind.UNSUPPORTED, f"{field} is not supported beyond {allowed}", field)
+
+
+def _only(*allowed: Any) -> Callable[[Any, str], None]:
+    """Only values that ask for nothing this server does not do."""
+    words = " or ".join(json.dumps(value) for value in allowed) or "null"
+
+    def rule(value: Any, field: str) -> None:
+        # True == 1 in Python, but not in JSON.
+        if not any(value == item and type(value) is type(item) for item in allowed):
+            raise _unsupported(field, words)
+
+    return rule
+
+
+def _text_format(value: Any, field: str) -> None:
+    if dict(check.mapping(value, field)) != {"type": "text"}:
+        raise _unsupported(field, '{"type": "text"}')
+
+
+# Fields of OpenAI's schema without effect here: any value of the right type, or only the one that asks for nothing.
+_NEUTRAL: dict[str, Callable[[Any, str], Any]] = {
+    "audio": _only(),
+    "function_call": _only("none", "auto"),
+    "functions": _only([]),
+    "metadata": check.mapping,
+    "modalities": _only(["text"]),
+    "n": _only(1),
+    "parallel_tool_calls": check.boolean,
+    "prediction": check.mapping,
+    "prompt_cache_key": check.string,
+    "prompt_cache_retention": check.string,
+    "reasoning_effort": _only("none"),
+    "response_format": _text_format,
+    "safety_identifier": check.string,
+    "service_tier": _only("auto", "default"),
+    "store": _only(False),
+    "tool_choice": _only("none", "auto"),
+    "tools": _only([]),
+    "user": check.string,
+    "verbosity": _only("medium"),
+    "web_search_options": _only(),
+}

@@ -1,0 +1,132 @@
+"""One running request, from the shim's side."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from triptych.client.sdk import wire
+from triptych.python_models.contract.delta import Delta
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.contract.tensors import CHAT
+
+from .triton import Triton
+
+# A cancel that overtakes its request on the way between two stages finds nothing to end, so it is sent again.
+_CANCEL_PAUSES_S = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
+
+
+class Generation:
+    """Reads one ensemble request's answers as fast as they come, whatever the HTTP client's pace.
+
+    Args:
+        triton: the server.
+        request_id: unique among running requests.
+        message: the ``ModelInferRequest``.
+        start_limit_s: seconds until the engine must have accepted the request.
+        silence_limit_s: seconds between two signs of life from then on.
+        on_end: called once when nothing more will be read.
+    """
+
+    def __init__(
+        self,
+        triton: Triton,
+        request_id: str,
+        message: Any,
+        start_limit_s: float,
+        silence_limit_s: float,
+        on_end: Callable[[Generation], None],
+    ) -> None:
+        self.id = request_id
+        self.has_media = message.model_name == CHAT.name
+        self.accepted = False
+        self._triton = triton
+        self._silence_limit_s = silence_limit_s
+        self._start_limit_s = start_limit_s
+        self._deadline = time.monotonic() + start_limit_s
+        self._on_end = on_end
+        self._items: asyncio.Queue[Delta | TriptychError] = asyncio.Queue()
+        self._finished = False
+        self._reader = asyncio.create_task(self._read(message), name=f"read-{request_id}")
+
+    async def next(self) -> list[Delta]:
+        """The deltas that came since the last call, at least one.
+
+        Raises:
+            TriptychError: how the request failed, CANCELLED after :meth:`cancel`.
+        """
+        found: list[Delta] = []
+        item = await self._items.get()
+        while True:
+            if isinstance(item, TriptychError):
+                if found:
+                    # The deltas before the error still count.
+                    self._items.put_nowait(item)
+                    return found
+                raise item
+            found.append(item)
+            if self._items.empty():
+                return found
+            item = self._items.get_nowait()
+
+    def overdue(self, now: float) -> TriptychError | None:
+        """The error to fail it with where it has been silent for too long."""
+        if self._finished or now < self._deadline:
+            return None
+        if self.accepted:
+            return TriptychError(
+                ErrorKind.STAGE_DEAD,
+                f"language_model gave no sign of life for {self._silence_limit_s:g} s",
+                stage="language_model",
+            )
+        return TriptychError(
+            ErrorKind.TIMEOUT, f"the request did not reach the engine within {self._start_limit_s:g} s; try again later"
+        )
+
+    async def cancel(self, error: TriptychError | None = None) -> None:
+        """End it in every stage; returns when the server has let go of it, or does not answer.
+
+        Args:
+            error: what :meth:`next` raises from now on; CANCELLED by default.
+        """
+        if self._finished:
+            return
+        self._end(error or TriptychError(ErrorKind.CANCELLED, "the request was cancelled"))
+        stages = ["language_model", "preprocess", *(("vision_encoder", "audio_encoder") if self.has_media else ())]
+        for pause in _CANCEL_PAUSES_S:
+            await asyncio.gather(*(self._cancel_in(stage) for stage in stages))
+            done, _ = await asyncio.wait([self._reader], timeout=pause)
+            if done:
+                return
+        self._reader.cancel()
+
+    async def _cancel_in(self, stage: str) -> None:
+        try:
+            await self._triton.control(stage, cancel=[self.id], timeout_s=2.0)
+        except TriptychError:
+            # A stage that is gone has nothing left to cancel; the monitor deals with it.
+            return
+
+    async def _read(self, message: Any) -> None:
+        try:
+            async for response in self._triton.infer(message):
+                self._deadline = time.monotonic() + self._silence_limit_s
+                self.accepted = True
+                delta = wire.delta_of(response)
+                if delta is None or self._finished:
+                    continue
+                self._items.put_nowait(delta)
+                if delta.finish_reason:
+                    self._finished = True
+                    self._on_end(self)
+            self._end(TriptychError(ErrorKind.STAGE_FAILED, "the answer ended without a finish reason"))
+        except TriptychError as error:
+            self._end(error)
+
+    def _end(self, error: TriptychError) -> None:
+        if not self._finished:
+            self._finished = True
+            self._items.put_nowait(error)
+            self._on_end(self)

@@ -1,0 +1,51 @@
+"""What every request gets, whatever its route: an id, a place in the metrics."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .metrics import ShimMetrics
+
+CLIENT_CLOSED = 499
+
+_USABLE_ID = re.compile(r"[!-~]{1,128}")
+
+
+class RequestContext:
+    """Pure ASGI: takes or makes ``X-Request-Id``, returns it, counts the request by route and status.
+
+    Not a ``BaseHTTPMiddleware``: that one runs the endpoint in another task and hides disconnects from streams.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: ShimMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _USABLE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 500
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            if scope["state"].get("client_closed"):
+                status = CLIENT_CLOSED
+            route = scope.get("route")
+            self.metrics.requests.labels(getattr(route, "path", "unknown"), str(status)).inc()

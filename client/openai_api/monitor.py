@@ -1,0 +1,138 @@
+"""Finds dead stages and loads them again.
+
+The server neither restarts the process of a model that died nor ends the requests that ran in it, and its own health
+stays green. So every stage is probed with an empty control request, which a living one answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
+
+from .metrics import ShimMetrics
+from .triton import Triton
+
+log = logging.getLogger("triptych.monitor")
+
+_MAX_MISSES = 2
+_MAX_BACKOFF_S = 30.0
+
+
+@dataclass
+class StageState:
+    """What is known of a stage.
+
+    Attributes:
+        up: it answered its last probe.
+        reason: why not, or "".
+        last_answer: monotonic time of its last answer.
+    """
+
+    up: bool = True
+    reason: str = ""
+    last_answer: float = 0.0
+
+
+class Monitor:
+    """One probing task per stage.
+
+    Args:
+        triton: the server.
+        stages: names of the models to watch.
+        on_death: called with the stage's name and the error for its requests, before the model is loaded again.
+        metrics: where restarts are counted.
+        interval_s: pause between probes.
+        timeout_s: a probe without an answer for so long failed.
+    """
+
+    def __init__(
+        self,
+        triton: Triton,
+        stages: Iterable[str],
+        on_death: Callable[[str, TriptychError], None],
+        metrics: ShimMetrics,
+        interval_s: float,
+        timeout_s: float,
+    ) -> None:
+        self.states = {stage: StageState(last_answer=time.monotonic()) for stage in stages}
+        self._triton = triton
+        self._on_death = on_death
+        self._metrics = metrics
+        self._interval_s = interval_s
+        self._timeout_s = timeout_s
+        self._nudges = {stage: asyncio.Event() for stage in self.states}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin probing."""
+        for stage in self.states:
+            self._metrics.stage_up.labels(stage).set(1)
+            self._tasks.append(asyncio.create_task(self._watch(stage), name=f"monitor-{stage}"))
+
+    async def stop(self) -> None:
+        """End probing."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def nudge(self) -> None:
+        """Probe every stage now: a request met a dead one."""
+        for event in self._nudges.values():
+            event.set()
+
+    def why_down(self) -> TriptychError | None:
+        """The error for new requests while a stage is down, else None."""
+        for stage, state in self.states.items():
+            if not state.up:
+                return TriptychError(ErrorKind.STAGE_DEAD, f"{stage} is being restarted: {state.reason}", stage=stage)
+        return None
+
+    async def _watch(self, stage: str) -> None:
+        state, nudge = self.states[stage], self._nudges[stage]
+        misses = 0
+        while True:
+            try:
+                await self._triton.control(stage, timeout_s=self._timeout_s)
+                misses, state.last_answer = 0, time.monotonic()
+            except TriptychError as error:
+                # A stage that is only busy gets a second chance, a process that is gone does not.
+                misses += 1
+                if error.kind is not ErrorKind.TIMEOUT or misses >= _MAX_MISSES:
+                    await self._revive(stage, state, error)
+                    misses = 0
+            nudge.clear()
+            try:
+                await asyncio.wait_for(nudge.wait(), self._interval_s)
+            except asyncio.TimeoutError:
+                continue
+
+    async def _revive(self, stage: str, state: StageState, error: TriptychError) -> None:
+        state.up, state.reason = False, error.message
+        self._metrics.stage_up.labels(stage).set(0)
+        log.error("%s died (%s); loading it again", stage, error.message)
+        self._on_death(
+            stage,
+            TriptychError(
+                ErrorKind.STAGE_DEAD, f"{stage} died while it worked on this request; try again", stage=stage
+            ),
+        )
+        pause, began = self._interval_s, time.monotonic()
+        while True:
+            try:
+                await self._triton.load(stage)
+                await self._triton.control(stage, timeout_s=self._timeout_s)
+                break
+            except TriptychError as failure:
+                state.reason = failure.message
+                log.error("%s could not be loaded: %s; next try in %.0f s", stage, failure.message, pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _MAX_BACKOFF_S)
+        state.up, state.reason, state.last_answer = True, "", time.monotonic()
+        self._metrics.stage_restarts.labels(stage).inc()
+        self._metrics.stage_up.labels(stage).set(1)
+        log.warning("%s is back after %.1f s", stage, time.monotonic() - began)

@@ -1,0 +1,171 @@
+"""Messages of the OpenAI chat schema to the contract's: media in data: URLs become blobs, the rest stays text."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from triptych.python_models.contract import _check as check
+from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
+from triptych.python_models.contract.request import ROLES, MediaPart, Message, Part, TextPart
+
+AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
+PART_TYPES = ("text", "image_url", "video_url", "audio_url", "input_audio")
+_DETAILS = ("auto", "low", "high")
+_WHITESPACE = str.maketrans("", "", " \t\r\n")
+# What an OpenAI client sends back when it appends an answer to the conversation; nothing here makes any of them.
+_EMPTY_IN_MESSAGE = ("refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content")
+
+
+def messages(value: Any, blobs: list[bytes]) -> tuple[Message, ...]:
+    """The conversation.
+
+    Args:
+        value: field ``messages`` of the body.
+        blobs: decoded media are appended here; parts name them by index.
+
+    Raises:
+        TriptychError: naming the field.
+    """
+    if not isinstance(value, list) or not value:
+        raise invalid("messages must be a list with at least one message", "messages")
+    return tuple(_message(item, f"messages[{i}]", blobs) for i, item in enumerate(value))
+
+
+def text(value: Any, where: str) -> str:
+    """A string that can be written as UTF-8."""
+    found = check.string(value, where)
+    try:
+        found.encode()
+    except UnicodeEncodeError as error:
+        raise invalid(
+            f"{where} is not valid Unicode: unpaired surrogate {found[error.start]!r} at index {error.start}", where
+        ) from None
+    return found
+
+
+def _message(value: Any, where: str, blobs: list[bytes]) -> Message:
+    data = check.mapping(value, where)
+    check.known_keys(data, ("role", "content", "name", *_EMPTY_IN_MESSAGE), where)
+    role = data.get("role")
+    if role not in ROLES:
+        raise invalid(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}", f"{where}.role")
+    for key in _EMPTY_IN_MESSAGE:
+        if data.get(key):
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED, f"{where}.{key} is not supported; leave it out or empty", f"{where}.{key}"
+            )
+    if data.get("name") is not None:
+        text(data["name"], f"{where}.name")
+    content = data.get("content")
+    if isinstance(content, str):
+        return Message(role, (TextPart(text(content, f"{where}.content")),), plain=True)
+    if not isinstance(content, list) or not content:
+        raise invalid(f"{where}.content must be a string or a list with at least one part", f"{where}.content")
+    return Message(role, tuple(_part(item, f"{where}.content[{i}]", blobs) for i, item in enumerate(content)))
+
+
+def _part(value: Any, where: str, blobs: list[bytes]) -> Part:
+    data = check.mapping(value, where)
+    kind = data.get("type")
+    if kind == "text":
+        check.known_keys(data, ("type", "text"), where)
+        return TextPart(text(data.get("text"), f"{where}.text"))
+    if kind == "image_url":
+        return _image(data, where, blobs)
+    if kind in ("video_url", "audio_url"):
+        check.known_keys(data, ("type", kind), where)
+        source = _source(data, kind, ("url",), where)
+        return _medium(kind.removesuffix("_url"), source, f"{where}.{kind}.url", blobs)
+    if kind == "input_audio":
+        return _input_audio(data, where, blobs)
+    raise invalid(f"{where}.type must be one of {', '.join(PART_TYPES)}, got {kind!r}", f"{where}.type")
+
+
+def _image(data: Mapping[str, Any], where: str, blobs: list[bytes]) -> MediaPart:
+    check.known_keys(data, ("type", "image_url", "modalities"), where)
+    modalities = data.get("modalities")
+    if modalities not in (None, "image", "multi-images"):
+        raise invalid(
+            f"{where}.modalities must be 'image' or 'multi-images', got {modalities!r}; send a video as video_url",
+            f"{where}.modalities",
+        )
+    source = _source(data, "image_url", ("url", "detail"), where)
+    detail = source.get("detail")
+    if detail is not None and detail not in _DETAILS:
+        raise invalid(
+            f"{where}.image_url.detail must be one of {', '.join(_DETAILS)}, got {detail!r}",
+            f"{where}.image_url.detail",
+        )
+    return _medium("image", source, f"{where}.image_url.url", blobs)
+
+
+def _input_audio(data: Mapping[str, Any], where: str, blobs: list[bytes]) -> MediaPart:
+    check.known_keys(data, ("type", "input_audio"), where)
+    source = _source(data, "input_audio", ("data", "format"), where)
+    form = source.get("format")
+    if form not in AUDIO_FORMATS:
+        raise invalid(
+            f"{where}.input_audio.format must be one of {', '.join(AUDIO_FORMATS)}, got {form!r}",
+            f"{where}.input_audio.format",
+        )
+    field = f"{where}.input_audio.data"
+    return _blob("audio", _base64(check.string(source.get("data"), field), field), field, blobs)
+
+
+def _source(data: Mapping[str, Any], kind: str, keys: Iterable[str], where: str) -> Mapping[str, Any]:
+    value = data.get(kind)
+    field = f"{where}.{kind}"
+    if not isinstance(value, Mapping):
+        first = next(iter(keys))
+        raise invalid(f'{field} must be an object such as {{"{first}": "..."}}, not {check.json_type(value)}', field)
+    check.known_keys(value, keys, field)
+    return value
+
+
+def _medium(modality: str, source: Mapping[str, Any], field: str, blobs: list[bytes]) -> MediaPart:
+    url = text(source.get("url"), field).strip()
+    scheme = url.partition(":")[0].lower() if ":" in url else ""
+    if scheme == "data":
+        return _blob(modality, _data_url(url, field), field, blobs)
+    if scheme in ("http", "https"):
+        return MediaPart(modality, url=url)
+    found = f"a URL with scheme {scheme!r}" if scheme.isalnum() and scheme else "no URL"
+    raise invalid(
+        f"{field} must be an http://, https:// or data:<type>;base64,... URL, but is {found}; "
+        "this server reads no files by path",
+        field,
+    )
+
+
+def _data_url(url: str, field: str) -> bytes:
+    head, comma, payload = url[len("data:") :].partition(",")
+    if not comma:
+        raise invalid(f"{field} is not a data: URL: it has no comma before its data", field)
+    if head.lower().endswith(";base64"):
+        if "%" in payload:
+            payload = unquote_to_bytes(payload).decode("ascii", "replace")
+        return _base64(payload, field)
+    return unquote_to_bytes(payload)
+
+
+def _base64(data: str, field: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    # Line breaks are common in hand-made base64 and change nothing.
+    try:
+        return base64.b64decode(data.translate(_WHITESPACE), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise invalid(f"{field} is not valid base64: {error}", field) from None
+
+
+def _blob(modality: str, data: bytes, field: str, blobs: list[bytes]) -> MediaPart:
+    if not data:
+        raise TriptychError(ErrorKind.INVALID_MEDIA, f"{field} is empty", field)
+    blobs.append(data)
+    return MediaPart(modality, blob=len(blobs) - 1)

@@ -1,0 +1,184 @@
+"""Everything of the shim that outlives one HTTP request: the connection, what runs, leases and the monitor."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+import uuid
+from collections.abc import Coroutine
+from typing import Any
+
+from triptych.client.sdk import wire
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.contract.request import ChatRequest
+from triptych.python_models.contract.settings import Settings
+
+from .admission import Admission
+from .generation import Generation
+from .metrics import ShimMetrics
+from .monitor import Monitor
+from .options import ShimOptions
+from .triton import Triton
+
+log = logging.getLogger("triptych.shim")
+
+_TICK_S = 0.5
+
+
+class Service:
+    """The shim's state. Until :meth:`connect` it refuses requests and says that it is loading.
+
+    Args:
+        options: options of the shim.
+    """
+
+    def __init__(self, options: ShimOptions) -> None:
+        self.options = options
+        self.metrics = ShimMetrics()
+        self.admission = Admission(options.max_inflight_requests, options.max_inflight_bytes)
+        self.settings: Settings | None = None
+        self.metrics_url = ""
+        # "system_fingerprint" of answers: changes with the model and its settings.
+        self.fingerprint = ""
+        self.monitor: Monitor | None = None
+        self.created = int(time.time())
+        self._triton: Triton | None = None
+        self._why_not = "the model is loading"
+        self._running: dict[str, Generation] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def connect(self, grpc_url: str, metrics_url: str) -> None:
+        """Attach to a Triton server whose stages are ready.
+
+        Args:
+            grpc_url: ``host:port``.
+            metrics_url: where its Prometheus text is.
+
+        Raises:
+            TriptychError: where the server cannot be reached or is not ready.
+        """
+        triton = Triton(grpc_url)
+        try:
+            self.settings = await triton.settings()
+            stages = await triton.stages()
+            for stage in stages:
+                await triton.control(stage, timeout_s=30.0)
+        except BaseException:
+            await triton.close()
+            raise
+        self.metrics_url = metrics_url
+        text = f"{self.options.served_model_name}\n{self.settings.to_json()}"
+        self.fingerprint = f"fp_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self._triton = triton
+        options = self.options
+        self.monitor = Monitor(
+            triton, stages, self._stage_died, self.metrics, options.probe_interval_s, options.probe_timeout_s
+        )
+        self.monitor.start()
+        self._tasks = [
+            asyncio.create_task(self._renew_leases(triton), name="leases"),
+            asyncio.create_task(self._watch_silence(), name="silence"),
+        ]
+        self._why_not = ""
+
+    def unavailable(self) -> TriptychError | None:
+        """Why requests cannot be served now, or None."""
+        if self._why_not:
+            return TriptychError(ErrorKind.OVERLOADED, f"{self._why_not}; try again in a moment")
+        assert self.monitor is not None
+        return self.monitor.why_down()
+
+    def begin(self, request: ChatRequest, media: tuple[bytes, ...]) -> Generation:
+        """Send a request to its ensemble.
+
+        Raises:
+            TriptychError: OVERLOADED or STAGE_DEAD while it cannot be served.
+        """
+        if error := self.unavailable():
+            raise error
+        assert self._triton is not None
+        assert self.settings is not None
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        generation = Generation(
+            self._triton,
+            request_id,
+            wire.chat_message(request_id, request, media),
+            start_limit_s=self.settings.mm_per_request_timeout + self.options.queue_allowance_s,
+            silence_limit_s=max(10.0, 4 * self.settings.heartbeat_s),
+            on_end=self._forget,
+        )
+        self._running[request_id] = generation
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """End a generation in the background, if it still runs: its client is gone."""
+        self._spawn(generation.cancel())
+
+    def note(self, error: TriptychError) -> None:
+        """Tell the monitor of a request that met a dead stage."""
+        if error.kind is ErrorKind.STAGE_DEAD and self.monitor is not None:
+            self.monitor.nudge()
+
+    def refresh_gauges(self) -> None:
+        """Bring the gauges up to date before a scrape."""
+        self.metrics.running.set(len(self._running))
+        self.metrics.body_bytes.set(self.admission.bytes)
+
+    def drain(self, reason: str = "the server is shutting down") -> None:
+        """Refuse new requests and end those in flight with an error."""
+        self._why_not = reason
+        for generation in list(self._running.values()):
+            self._spawn(generation.cancel(TriptychError(ErrorKind.OVERLOADED, reason)))
+
+    async def close(self) -> None:
+        """End every request and task, and the connection."""
+        self.drain()
+        if self._background:
+            await asyncio.wait(list(self._background), timeout=2.0)
+        for task in (*self._tasks, *self._background):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._background, return_exceptions=True)
+        if self.monitor is not None:
+            await self.monitor.stop()
+        if self._triton is not None:
+            await self._triton.close()
+
+    def _forget(self, generation: Generation) -> None:
+        self._running.pop(generation.id, None)
+
+    def _stage_died(self, stage: str, error: TriptychError) -> None:
+        for generation in list(self._running.values()):
+            # Whatever was in the process is lost and nobody will say so: the engine holds what it accepted, and
+            # may hold more; the other stages hold only what it has not accepted yet.
+            if stage == "language_model" or (
+                not generation.accepted and (stage == "preprocess" or generation.has_media)
+            ):
+                self._spawn(generation.cancel(error))
+
+    async def _renew_leases(self, triton: Triton) -> None:
+        while True:
+            await asyncio.sleep(self.options.lease_s / 3)
+            if self._running:
+                try:
+                    await triton.control(
+                        "language_model", renew=list(self._running), timeout_s=self.options.lease_s / 3
+                    )
+                except TriptychError as error:
+                    log.warning("leases could not be renewed: %s", error)
+
+    async def _watch_silence(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            for generation in list(self._running.values()):
+                if error := generation.overdue(now):
+                    log.error("request %s: %s", generation.id, error)
+                    self._spawn(generation.cancel(error))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)

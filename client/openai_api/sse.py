@@ -1,0 +1,149 @@
+"""Deltas as the chunks of a streamed chat completion, or as one whole completion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
+from triptych.python_models.contract.errors import TriptychError
+
+from .errors import body_of
+
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """A server-sent event stream. The first event is written only when there is one, so until then any status fits."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write the events as they come."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._events:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What all chunks of one answer share.
+
+    Attributes:
+        id: ``chatcmpl-...``.
+        created: Unix time, the same in every chunk.
+        model: the name the request asked for.
+        fingerprint: of this deployment.
+        include_usage: whether a usage chunk ends the stream.
+    """
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    include_usage: bool = False
+
+    def first_chunk(self) -> bytes:
+        """The chunk that names the role."""
+        return self._chunk([self._choice({"role": "assistant", "content": ""})])
+
+    def chunks(self, delta: Delta) -> bytes:
+        """The chunks of one delta: its text, then the finish reason and the usage where it ends the answer."""
+        out = b""
+        if delta.text or delta.logprobs:
+            out += self._chunk([self._choice({"content": delta.text}, logprobs(delta.logprobs))])
+        if delta.finish_reason:
+            out += self._chunk([self._choice({}, None, delta.finish_reason, delta.matched_stop)])
+            if self.include_usage:
+                out += self._chunk([], usage(delta.usage or Usage()))
+        return out
+
+    def whole(self, deltas: Iterable[Delta]) -> dict[str, Any]:
+        """The completion of a request that does not stream."""
+        taken = list(deltas)
+        last = taken[-1]
+        found = tuple(item for delta in taken for item in delta.logprobs)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": "".join(delta.text for delta in taken), "refusal": None},
+            "logprobs": logprobs(found),
+            "finish_reason": last.finish_reason,
+            "matched_stop": last.matched_stop,
+        }
+        return self._head("chat.completion") | {"choices": [choice], "usage": usage(last.usage or Usage())}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+    def _choice(
+        self,
+        delta: dict[str, Any],
+        found: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+        matched_stop: str | int | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": found, "finish_reason": finish_reason}
+        return choice | {"matched_stop": matched_stop} if finish_reason else choice
+
+    def _chunk(self, choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> bytes:
+        data = self._head("chat.completion.chunk") | {"choices": choices}
+        if self.include_usage:
+            data["usage"] = total
+        return event(data)
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One server-sent event with a JSON body."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def error_event(error: TriptychError) -> bytes:
+    """An error after the stream began."""
+    return event(body_of(error))
+
+
+def usage(found: Usage) -> dict[str, Any]:
+    """OpenAI's usage object; image and video tokens beside its audio ones."""
+    return {
+        "prompt_tokens": found.prompt_tokens,
+        "completion_tokens": found.completion_tokens,
+        "total_tokens": found.prompt_tokens + found.completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": found.cached_tokens,
+            "audio_tokens": found.audio_tokens,
+            "image_tokens": found.image_tokens,
+            "video_tokens": found.video_tokens,
+        },
+    }
+
+
+def logprobs(items: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
+    """OpenAI's logprobs object, None where none were asked for."""
+    if not items:
+        return None
+
+    def entry(text: str, value: float, data: tuple[int, ...] | None) -> dict[str, Any]:
+        return {"token": text, "logprob": value, "bytes": None if data is None else list(data)}
+
+    content = [
+        entry(item.text, item.logprob, item.data)
+        | {"top_logprobs": [entry(text, value, data) for _, text, value, data in item.top]}
+        for item in items
+    ]
+    return {"content": content, "refusal": None}

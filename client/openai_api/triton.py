@@ -1,0 +1,109 @@
+"""The asynchronous gRPC adapter: the only module of the shim that talks to the Triton server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+from triptych.client.sdk import wire
+from triptych.client.sdk.client import rpc_error
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.contract.tensors import STAGES
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc as rpc
+
+
+class Triton:
+    """One channel to a Triton server; make it inside the event loop that uses it.
+
+    Args:
+        url: gRPC address, ``host:port``.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._channel = grpc.aio.insecure_channel(wire.target(url), options=wire.CHANNEL_OPTIONS)
+        self._stub = rpc.GRPCInferenceServiceStub(self._channel)
+
+    async def infer(self, message: Any) -> AsyncIterator[Any]:
+        """Send one request on a stream of its own; its ``ModelInferResponse`` messages in order.
+
+        A stream per request: an error ends no other request, and the end of the stream is the end of the request.
+
+        Raises:
+            TriptychError: what the server or a stage reported; STAGE_DEAD where the server cannot be reached.
+        """
+        call = self._stub.ModelStreamInfer(_once(message))
+        try:
+            async for answer in call:
+                yield wire.response_of(answer)
+        except grpc.RpcError as error:
+            raise rpc_error(error) from None
+        finally:
+            call.cancel()
+
+    async def control(
+        self, stage: str, *, cancel: Sequence[str] = (), renew: Sequence[str] = (), timeout_s: float = 5.0
+    ) -> None:
+        """Cancel or renew requests in a stage; with no ids, probe it.
+
+        Raises:
+            TriptychError: STAGE_DEAD where its process is gone, TIMEOUT where it does not answer.
+        """
+
+        async def exchange() -> None:
+            async for _ in self.infer(wire.control_message(stage, cancel=cancel, renew=renew)):
+                pass
+
+        try:
+            await asyncio.wait_for(exchange(), timeout_s)
+        except asyncio.TimeoutError:
+            raise TriptychError(
+                ErrorKind.TIMEOUT, f"{stage} did not answer within {timeout_s:g} s", stage=stage
+            ) from None
+
+    async def load(self, model: str, timeout_s: float = 600.0) -> None:
+        """Load a model (anew) through the repository API.
+
+        Raises:
+            TriptychError: why it does not load.
+        """
+        try:
+            await self._stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=model), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise rpc_error(error) from None
+
+    async def settings(self) -> Settings:
+        """The deployment's settings, from the server itself.
+
+        Raises:
+            TriptychError: where the server cannot be reached or serves something else.
+        """
+        try:
+            answer = await self._stub.ModelConfig(pb.ModelConfigRequest(name="language_model"), timeout=10.0)
+        except grpc.RpcError as error:
+            raise rpc_error(error) from None
+        return wire.settings_of(answer)
+
+    async def stages(self) -> list[str]:
+        """The stages that this server has loaded.
+
+        Raises:
+            TriptychError: where the server cannot be reached.
+        """
+        try:
+            answer = await self._stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True), timeout=10.0)
+        except grpc.RpcError as error:
+            raise rpc_error(error) from None
+        loaded = {model.name for model in answer.models}
+        return [stage for stage in STAGES if stage in loaded]
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+
+async def _once(message: Any) -> AsyncIterator[Any]:
+    yield message
