@@ -1,0 +1,122 @@
+"""Where a model's files are: ``Settings.model`` -> a folder in Hugging Face layout. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..contract.errors import ErrorKind, TriptychError
+from ..contract.settings import Settings
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Everything that configuration, processors and safetensors weights may be stored in; no pickles, no images.
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk.
+
+    Attributes:
+        folder: where its files are.
+        config: its parsed ``config.json``.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        """The ``model_type`` of config.json ("" where it names none)."""
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype the weights were saved for; "float32" where config.json does not say."""
+        for config in (self.config, self.config.get("thinker_config"), self.config.get("text_config")):
+            if isinstance(config, dict) and (name := config.get("dtype") or config.get("torch_dtype")) in DTYPES:
+                return str(name)
+        return "float32"
+
+    def dtype_for(self, settings: Settings, *, gpu: bool) -> str:
+        """Name of the dtype a stage computes in: the one asked for, else the checkpoint's on GPU, float32 on CPU.
+
+        Raises:
+            TriptychError: INVALID_REQUEST where ``settings.dtype`` is none of those allowed.
+        """
+        if settings.dtype == "auto":
+            return self.dtype if gpu else "float32"
+        if settings.dtype not in DTYPES:
+            raise TriptychError(
+                ErrorKind.INVALID_REQUEST,
+                f"dtype must be auto, {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {settings.dtype!r}",
+                "settings.dtype",
+            )
+        return settings.dtype
+
+
+def find_checkpoint(settings: Settings) -> Checkpoint:
+    """The checkpoint that ``settings.model`` names: "builtin", a folder, or a hub id (downloaded on first use).
+
+    Raises:
+        TriptychError: MODEL_NOT_FOUND saying what was tried and what to do.
+    """
+    folder = _folder(settings)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise _not_found(
+            f"{folder} has no config.json: it must be a folder in Hugging Face layout "
+            "(config.json, *.safetensors, tokenizer and processor files)"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _not_found(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise _not_found(f"{path} must hold a JSON object")
+    return Checkpoint(folder, config)
+
+
+def _folder(settings: Settings) -> Path:
+    model = settings.model
+    if model == "builtin":
+        from ..builtin import checkpoint
+
+        return Path(checkpoint())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise _not_found(f"model {model!r} is a file; give the folder that holds config.json")
+    if not _HUB_ID.fullmatch(model) or model.startswith("."):
+        raise _not_found(
+            f"there is no folder {model!r}, and it is not a hub id; give 'builtin', a folder with config.json, "
+            "or a Hugging Face id such as 'Qwen/Qwen2.5-VL-3B-Instruct'"
+        )
+    return _download(model, settings.revision)
+
+
+def _download(hub_id: str, revision: str) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    what = f"{hub_id!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        # Shows a progress bar on a terminal, takes what is in the local cache as it is, resumes what was cut short.
+        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=_WANTED))
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        cause = str(error).strip().splitlines()
+        raise _not_found(
+            f"model {what} is no local folder and could not be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}: {cause[0] if cause else 'no details'}); check the id, the network and, for "
+            "gated models, HF_TOKEN, or download it elsewhere and give the folder"
+        ) from None
+
+
+def _not_found(message: str) -> TriptychError:
+    return TriptychError(ErrorKind.MODEL_NOT_FOUND, message, "settings.model")

@@ -1,0 +1,132 @@
+"""Load one part of a checkpoint, through the class's own ``from_pretrained``, without reading the rest.
+
+``from_pretrained`` knows how a checkpoint's keys map to modules (renames, fused experts, ties). A throw-away subclass
+removes the modules of other stages right after construction, which happens on the meta device: their weights become
+unexpected keys, and those are never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..contract.errors import ErrorKind, TriptychError
+from ..contract.settings import Settings
+from . import torchvision_fix
+from .checkpoint import Checkpoint
+
+
+class Absent(nn.Module):
+    """Stands for a module that belongs to another stage: fails loudly when it is called.
+
+    It keeps the plain attributes (numbers, config) of the module it replaces, because others read them.
+    """
+
+    def __init__(self, path: str, original: nn.Module) -> None:
+        super().__init__()
+        self.path = path
+        for name, value in vars(original).items():
+            if name == "config" or (not name.startswith("_") and isinstance(value, (int, float, str, tuple, list))):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Always raises."""
+        raise RuntimeError(f"module {self.path} is not part of this stage")
+
+
+def stage_dtype(checkpoint: Checkpoint, settings: Settings, device: str) -> torch.dtype:
+    """The dtype a stage on ``device`` computes in (see :meth:`Checkpoint.dtype_for`)."""
+    name = checkpoint.dtype_for(settings, gpu=torch.device(device).type == "cuda")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def model_class(name: str) -> Any:
+    """A model, processor or config class of transformers, imported so that torchvision cannot break it."""
+    torchvision_fix.install()
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def meta_model(cls: Any, folder: Path) -> Any:
+    """The model of a checkpoint without any weights: for what only needs its configuration."""
+    config = cls.config_class.from_pretrained(folder)
+    with torch.device("meta"):
+        return cls(config).eval()
+
+
+def load_part(
+    cls: Any,
+    folder: Path,
+    drop: Callable[[Any], Sequence[str]],
+    *,
+    part: str,
+    device: str,
+    dtype: torch.dtype,
+) -> Any:
+    """A model with only some of its modules, on ``device`` in ``dtype``, in evaluation mode.
+
+    Args:
+        cls: the transformers model class.
+        folder: the checkpoint.
+        drop: (model on the meta device) -> dotted paths of the modules to leave out.
+        part: what is loaded, for messages.
+        device: torch device.
+        dtype: of the weights.
+
+    Raises:
+        TriptychError: STAGE_FAILED naming weights that are missing, MODEL_NOT_FOUND where there are no weight files.
+    """
+    try:
+        model, info = _partial_class(cls, drop).from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except OSError as error:
+        raise TriptychError(
+            ErrorKind.MODEL_NOT_FOUND, f"the weights of {folder} cannot be loaded: {error}", "settings.model"
+        ) from None
+    except Exception as error:
+        raise TriptychError(
+            ErrorKind.STAGE_FAILED, f"the {part} of {folder} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    missing = {name for name, tensor in tensors if tensor.device.type == "meta"} | set(info["missing_keys"])
+    if missing:
+        names = sorted(missing)
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise TriptychError(
+            ErrorKind.STAGE_FAILED, f"the checkpoint {folder} lacks weights of the {part}: {shown}", "settings.model"
+        )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _partial_class(cls: Any, drop: Callable[[Any], Sequence[str]]) -> Any:
+    class Partial(cls):  # type: ignore[misc]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            paths = drop(self)
+            for path in paths:
+                parent, _, leaf = path.rpartition(".")
+                owner = self.get_submodule(parent)
+                setattr(owner, leaf, Absent(path, getattr(owner, leaf)))
+            _forget_ties(self, tuple(f"{path}." for path in paths))
+            # All weights of this part are checked by name below; what is left over belongs to other stages.
+            self._keys_to_ignore_on_load_unexpected = {".*"}
+
+    # transformers looks up key conversions by class name, and skips them for classes from elsewhere.
+    Partial.__name__, Partial.__qualname__, Partial.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    return Partial
+
+
+def _forget_ties(model: Any, gone: tuple[str, ...]) -> None:
+    """Drop weight ties that point into removed modules."""
+    for module in model.modules():
+        if ties := getattr(module, "all_tied_weights_keys", None):
+            module.all_tied_weights_keys = {
+                key: value for key, value in ties.items() if not (key.startswith(gone) or value.startswith(gone))
+            }

@@ -1,0 +1,157 @@
+"""Messages -> prompt text -> token ids, with the text of a request taken literally.
+
+Whatever a caller writes is plain characters, even ``<|im_end|>`` or an image placeholder. Every special token found
+in a text is replaced, before the chat template sees it, by a stand-in: an added token with a name nobody can guess.
+After tokenising, the stand-in's id is replaced by the ids of the literal characters. A text without special tokens
+takes the path of transformers unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..contract.errors import ErrorKind, TriptychError, invalid
+from ..contract.request import MediaPart, Message, TextPart
+
+# Different special tokens that the texts of one request may hold together.
+_STAND_INS = 256
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text of a request after the chat template; ``literals`` maps a stand-in's id to the ids it stands for."""
+
+    text: str
+    literals: dict[int, list[int]]
+
+    def fill(self, ids: Sequence[int]) -> list[int]:
+        """Token ids of :attr:`text` -> token ids of the prompt."""
+        if not self.literals:
+            return list(ids)
+        return [i for token in ids for i in self.literals.get(token, (token,))]
+
+
+class PromptWriter:
+    """Applies a checkpoint's chat template. Thread-safe after construction."""
+
+    def __init__(self, processor: Any, name: str) -> None:
+        """Args: the checkpoint's processor, whose tokenizer gets the stand-ins; ``name`` of the checkpoint.
+
+        Raises:
+            TriptychError: UNSUPPORTED where the checkpoint has no chat template or no fast tokenizer.
+        """
+        tokenizer = processor.tokenizer
+        self._owner = processor if getattr(processor, "chat_template", None) else tokenizer
+        template = self._owner.chat_template
+        if not template:
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED,
+                f"{name} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json or "
+                "processor_config.json); add the one of the instruction-tuned checkpoint of this family",
+                "settings.model",
+            )
+        if not getattr(tokenizer, "is_fast", False):
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED, f"{name} has no fast tokenizer (tokenizer.json)", "settings.model"
+            )
+        self._knows_developer = "developer" in str(template)
+        # Read before the stand-ins join them.
+        added = dict(tokenizer.added_tokens_decoder)
+        special = {token.content for token in added.values() if token.special}
+        special |= {getattr(processor, f"{m}_token", None) or "" for m in ("image", "video", "audio")}
+        pattern = "|".join(re.escape(s) for s in sorted(special - {""}, key=len, reverse=True))
+        self._special = re.compile(pattern or r"(?!)")
+        self._plain = _plain_tokenizer(tokenizer)
+        self._added_ids = frozenset(added)
+        from tokenizers import AddedToken
+
+        self._names = [f"<|{secrets.token_hex(12)}|>" for _ in range(_STAND_INS)]
+        tokenizer.add_tokens([AddedToken(n, normalized=False, special=True) for n in self._names], special_tokens=True)
+        self._ids = [int(tokenizer.convert_tokens_to_ids(n)) for n in self._names]
+
+    def write(self, messages: Sequence[Message]) -> Prompt:
+        """Apply the template, ending where the assistant begins to speak.
+
+        Raises:
+            TriptychError: INVALID_REQUEST where the template refuses the messages (order of roles and so on).
+        """
+        from jinja2.exceptions import TemplateError
+
+        literals: dict[str, int] = {}
+        conversation = [self._message(m, message, literals) for m, message in enumerate(messages)]
+        try:
+            text = self._owner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise invalid(f"the checkpoint's chat template refuses these messages: {error}", "messages") from None
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            raise invalid(f"the checkpoint's chat template cannot render these messages: {error}", "messages") from None
+        return Prompt(str(text), {self._ids[k]: self._literal_ids(piece) for piece, k in literals.items()})
+
+    def _message(self, m: int, message: Message, literals: dict[str, int]) -> dict[str, Any]:
+        role = message.role
+        if role == "developer" and not self._knows_developer:
+            role = "system"
+        texts = iter(self._guard(message, f"messages[{m}]", literals))
+        content = [
+            {"type": part.modality} if isinstance(part, MediaPart) else {"type": "text", "text": next(texts)}
+            for part in message.parts
+        ]
+        if message.plain:
+            return {"role": role, "content": "".join(part["text"] for part in content)}
+        return {"role": role, "content": content}
+
+    def _guard(self, message: Message, where: str, literals: dict[str, int]) -> list[str]:
+        """The texts of a message with special tokens replaced, also those that neighbouring texts form together."""
+        out: list[str] = []
+        run: list[str] = []
+        for part in (*message.parts, None):
+            if isinstance(part, TextPart):
+                run.append(part.text)
+                continue
+            joined = "".join(run)
+            matches = list(self._special.finditer(joined))
+            start = 0
+            for text in run:
+                end = start + len(text)
+                out.append(self._replace(joined, start, end, matches, where, literals))
+                start = end
+            run = []
+        return out
+
+    def _replace(
+        self, joined: str, start: int, end: int, matches: list[re.Match[str]], where: str, literals: dict[str, int]
+    ) -> str:
+        pieces: list[str] = []
+        at = start
+        for match in matches:
+            low, high = max(match.start(), start), min(match.end(), end)
+            if low >= high:
+                continue
+            literal = joined[low:high]
+            if literal not in literals and len(literals) == _STAND_INS:
+                raise invalid(f"{where} holds too many different special tokens: at most {_STAND_INS}", where)
+            k = literals.setdefault(literal, len(literals))
+            pieces += [joined[at:low], self._names[k]]
+            at = high
+        return "".join(pieces) + joined[at:end]
+
+    def _literal_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        if self._added_ids.isdisjoint(ids):
+            return ids
+        # A vocabulary that holds the token as a whole: a single character can never be it.
+        return [i for char in text for i in self._plain.encode(char, add_special_tokens=False).ids]
+
+
+def _plain_tokenizer(tokenizer: Any) -> Any:
+    """A copy of the tokenizer (of the tokenizers library) that knows no added tokens."""
+    from tokenizers import Tokenizer
+
+    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    data |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(data))

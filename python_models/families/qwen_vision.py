@@ -1,0 +1,128 @@
+"""Pictures and videos of the Qwen-VL line: patches of any number per item, described by a grid (t, h, w).
+
+The processor normalises pixels to float32 and repeats each picture along time (a patch spans several frames). Both
+are undone here for the way between processes: patches travel as uint8, pictures once, an eighth of the bytes, and the
+encoder applies the very same normalisation. The values are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..contract.errors import ErrorKind, TriptychError
+from ..contract.features import EncoderItem
+from ..contract.settings import Settings
+from ..media.types import Image, Medium, Video
+from .checkpoint import Checkpoint
+from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
+
+_NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+class QwenVisionPreprocessor(TransformersPreprocessor):
+    """Pictures and videos through Qwen2VLImageProcessor and Qwen2VLVideoProcessor."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, cls: Any, encoders: Mapping[str, str]) -> None:
+        super().__init__(checkpoint, settings, cls, encoders)
+        self._processors = {"image": self.processor.image_processor, "video": self.processor.video_processor}
+        self._normalisation = {m: _normalisation(p, m) for m, p in self._processors.items()}
+
+    def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
+        """Pixels stay uint8; frames are those sampled while decoding."""
+        arguments: dict[str, Any] = {}
+        raw = {"do_rescale": False, "do_normalize": False}
+        if images := [m.data for m in media.get("image", ()) if isinstance(m.data, Image)]:
+            arguments["images"] = [image.pixels for image in images]
+            arguments["images_kwargs"] = dict(raw)
+        if videos := [m.data for m in media.get("video", ()) if isinstance(m.data, Video)]:
+            arguments["videos"] = [video.frames for video in videos]
+            arguments["videos_kwargs"] = {
+                **raw,
+                "do_sample_frames": False,
+                "input_data_format": "channels_last",
+                "video_metadata": [_metadata(video) for video in videos],
+            }
+        return arguments
+
+    def split_features(
+        self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
+    ) -> dict[str, list[Tensors]]:
+        """Per item: ``patches`` uint8 [patches, channels, frames, pixels], ``grid`` int64 [3], ``mean``, ``std``."""
+        out: dict[str, list[Tensors]] = {}
+        for modality, (pixels, grid) in _NAMES.items():
+            if modality not in media:
+                continue
+            grids = batch[grid].numpy().astype(np.int64)
+            processor = self._processors[modality]
+            mean, std = self._normalisation[modality]
+            patches = batch[pixels]
+            if patches.dtype != torch.uint8:
+                raise TypeError(f"{type(processor).__name__} gives {patches.dtype} pixels, not uint8")
+            patches = patches.reshape(len(patches), len(mean), processor.temporal_patch_size, processor.patch_size**2)
+            if modality == "image":
+                # The same picture for every frame of the patch.
+                patches = patches[:, :, :1]
+            out[modality] = [
+                {"patches": part.contiguous().numpy(), "grid": grids[k], "mean": mean, "std": std}
+                for k, part in enumerate(patches.split(grids.prod(-1).tolist()))
+            ]
+        return out
+
+    def num_rows(self, modality: str, tensors: Tensors) -> int:
+        """Patches, merged in squares."""
+        return int(tensors["grid"].prod()) // int(self._processors[modality].merge_size) ** 2
+
+    def position_arguments(
+        self, batch: Mapping[str, Any], features: Mapping[str, Sequence[Tensors]], media: Mapping[str, Sequence[Medium]]
+    ) -> dict[str, Any]:
+        """The grids."""
+        return {name: batch[name] for _, name in _NAMES.values() if name in batch}
+
+
+class QwenVisionEncoder(TransformersEncoder):
+    """The tower of the Qwen-VL line."""
+
+    def features(self, modality: str, items: Sequence[EncoderItem]) -> Any:
+        """All items packed into one run of the tower."""
+        pixels = torch.cat([self._pixels(item) for item in items])
+        grid = torch.from_numpy(np.stack([item.tensors["grid"] for item in items])).to(self.device)
+        run = self.base.get_image_features if modality == "image" else self.base.get_video_features
+        return run(pixels, grid, return_dict=True).pooler_output
+
+    def _pixels(self, item: EncoderItem) -> torch.Tensor:
+        patches = self.to_device(item.tensors["patches"]).to(torch.float32)
+        mean = self.to_device(item.tensors["mean"]).view(1, -1, 1, 1)
+        std = self.to_device(item.tensors["std"]).view(1, -1, 1, 1)
+        patches = patches.sub_(mean).div_(std)
+        frames = self.config.vision_config.temporal_patch_size
+        return patches.expand(-1, -1, frames, -1).reshape(len(patches), -1)
+
+
+def _metadata(video: Video) -> Any:
+    from transformers.video_utils import VideoMetadata
+
+    return VideoMetadata(
+        total_num_frames=video.total_frames,
+        fps=video.source_fps,
+        width=video.frames.shape[2],
+        height=video.frames.shape[1],
+        duration=video.duration_s,
+        frames_indices=list(video.indices),
+    )
+
+
+def _normalisation(processor: Any, modality: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Mean and std in units of pixel values, float32 [channels], as the processor itself fuses them."""
+    if not (processor.do_rescale and processor.do_normalize):
+        raise TriptychError(
+            ErrorKind.UNSUPPORTED,
+            f"the checkpoint's {modality} processor must have do_rescale and do_normalize on",
+            "settings.model",
+        )
+    factor = 1.0 / processor.rescale_factor
+    mean, std = torch.tensor(processor.image_mean) * factor, torch.tensor(processor.image_std) * factor
+    return mean.numpy(), std.numpy()

@@ -1,0 +1,41 @@
+"""Which class serves which ``model_type`` of config.json; imported lazily."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ..contract.errors import ErrorKind, TriptychError
+from ..contract.settings import Settings
+from .base import Family
+from .checkpoint import find_checkpoint
+
+_FAMILIES = {
+    "qwen2_vl": ("qwen2_5_vl", "Qwen2VL"),
+    "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
+    "qwen2_5_omni": ("qwen2_5_omni", "Qwen25Omni"),
+    "qwen2_5_omni_thinker": ("qwen2_5_omni", "Qwen25Omni"),
+}
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """Every ``model_type`` there is a family for."""
+    return tuple(sorted(_FAMILIES))
+
+
+def load_family(settings: Settings) -> Family:
+    """The family of the checkpoint that ``settings.model`` names. Reads config.json, no weights.
+
+    Raises:
+        TriptychError: MODEL_NOT_FOUND where there is no checkpoint, UNSUPPORTED where no family fits it.
+    """
+    checkpoint = find_checkpoint(settings)
+    if checkpoint.model_type not in _FAMILIES:
+        raise TriptychError(
+            ErrorKind.UNSUPPORTED,
+            f"{settings.model!r} is not supported because no family is written for its model_type "
+            f"{checkpoint.model_type!r}; supported: {', '.join(supported_model_types())}",
+            "settings.model",
+        )
+    module, name = _FAMILIES[checkpoint.model_type]
+    family: Family = getattr(import_module(f".{module}", __package__), name)(checkpoint, settings)
+    return family

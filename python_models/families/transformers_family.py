@@ -1,0 +1,369 @@
+"""What every family of transformers shares; a family's own file adds how its media become features.
+
+The split follows transformers' own: ``get_{image,video,audio}_features`` of the base model need only a tower, and
+``language_model`` with ``lm_head`` takes the embeddings from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..contract.errors import ErrorKind, TriptychError, invalid
+from ..contract.features import EncoderItem
+from ..contract.plan import MediaItem
+from ..contract.request import Message
+from ..contract.settings import Settings
+from ..media.types import Medium, Video
+from .base import Decoder, FrameSampling, Prepared
+from .checkpoint import Checkpoint
+from .loading import load_part, meta_model, model_class
+from .prompt import PromptWriter
+
+# The values of transformers' mm_token_type_ids.
+TOKEN_TYPES = {"image": 1, "video": 2, "audio": 3}
+Tensors = dict[str, NDArray[np.generic]]
+
+
+class TransformersPreprocessor(ABC):
+    """Template, processor and positions of a checkpoint. Thread-safe (see :class:`.base.Preprocessor`)."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, cls: Any, encoders: Mapping[str, str]) -> None:
+        """Args: the checkpoint; options; its model class; modality -> encoder that takes it."""
+        self.folder = checkpoint.folder
+        self.processor = _load_processor(checkpoint.folder)
+        self.encoders = encoders
+        self.modalities = frozenset(encoders)
+        # Positions come from the configuration alone, so the model stays on the meta device.
+        self.model = meta_model(cls, checkpoint.folder)
+        self.base = self.model.base_model
+        self.config = self.model.config
+        self.prompt = PromptWriter(self.processor, str(checkpoint.folder))
+        self.frame_sampling = _frame_sampling(getattr(self.processor, "video_processor", None), settings)
+        self.sampling_rate = int(getattr(getattr(self.processor, "feature_extractor", None), "sampling_rate", 16000))
+        self.context_length = context_length(self.config)
+        self._token_types = {self.token_id(modality): TOKEN_TYPES[modality] for modality in encoders}
+        self._fingerprints = {modality: self._fingerprint(modality) for modality in encoders}
+        # The first call fixes the tokenizer's padding and truncation, so that later ones, from several threads at
+        # once, never change it.
+        self.processor(text=["a"], return_tensors=None)
+
+    def token_id(self, modality: str) -> int:
+        """Id of the token that marks the embedding rows of a modality."""
+        return int(getattr(self.config, f"{modality}_token_id"))
+
+    @abstractmethod
+    def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
+        """Keyword arguments of the processor for these media (non-empty lists by modality)."""
+
+    @abstractmethod
+    def split_features(
+        self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
+    ) -> dict[str, list[Tensors]]:
+        """The processor's outputs, item by item: modality -> per medium the tensors its encoder takes."""
+
+    @abstractmethod
+    def num_rows(self, modality: str, tensors: Tensors) -> int:
+        """Embedding rows of one item."""
+
+    def check_medium(self, medium: Medium) -> None:
+        """Refuse a medium that the processor cannot take, naming its field and the limit."""
+        if medium.modality not in self.modalities:
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED,
+                f"{medium.param}: this model does not take {medium.modality}; it takes "
+                f"{', '.join(['text', *sorted(self.modalities)])}",
+                medium.param,
+            )
+
+    def position_arguments(
+        self, batch: Mapping[str, Any], features: Mapping[str, Sequence[Tensors]], media: Mapping[str, Sequence[Medium]]
+    ) -> dict[str, Any]:
+        """What ``get_rope_index`` needs beside token ids and types; names it does not take are ignored."""
+        return {}
+
+    def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
+        """See :meth:`.base.Preprocessor.prepare`."""
+        grouped: dict[str, list[Medium]] = {}
+        for medium in media:
+            self.check_medium(medium)
+            grouped.setdefault(medium.modality, []).append(medium)
+        prompt = self.prompt.write(messages)
+        batch = self._process(prompt.text, media, grouped)
+        ids = np.asarray(prompt.fill(_first_row(batch["input_ids"])), dtype=np.int32)
+        types = np.zeros(len(ids), dtype=np.int32)
+        for token, kind in self._token_types.items():
+            types[ids == token] = kind
+        features = self.split_features(batch, grouped) if grouped else {}
+        items, encoder_items = self._items(types, media, features)
+        position_ids, delta = self._positions(ids, types, self.position_arguments(batch, features, grouped))
+        return Prepared(ids, position_ids, delta, items, encoder_items)
+
+    def _process(
+        self, text: str, media: Sequence[Medium], grouped: Mapping[str, Sequence[Medium]]
+    ) -> Mapping[str, Any]:
+        try:
+            return self._call(text, grouped)
+        except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+            for medium in media:
+                # One of several media is to blame: name it.
+                try:
+                    self._call(self._placeholder(medium.modality), {medium.modality: [medium]})
+                except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as own:
+                    raise TriptychError(
+                        ErrorKind.INVALID_MEDIA,
+                        f"{medium.param}: the checkpoint's processor refuses this {medium.modality}: {own}",
+                        medium.param,
+                    ) from None
+            raise invalid(f"the checkpoint's processor refuses these messages: {error}", "messages") from None
+
+    def _call(self, text: str, grouped: Mapping[str, Sequence[Medium]]) -> Mapping[str, Any]:
+        arguments = self.processor_arguments(grouped) if grouped else {}
+        result: Mapping[str, Any] = self.processor(text=[text], return_tensors="pt", **arguments)
+        return result
+
+    def _placeholder(self, modality: str) -> str:
+        return str(getattr(self.processor, f"{modality}_token"))
+
+    def _items(
+        self, types: NDArray[np.int32], media: Sequence[Medium], features: Mapping[str, Sequence[Tensors]]
+    ) -> tuple[tuple[MediaItem, ...], dict[str, list[EncoderItem]]]:
+        """Give every medium its placeholder tokens: within one modality, prompt order is row order."""
+        places = {m: np.flatnonzero(types == TOKEN_TYPES[m]) for m in self.modalities}
+        used = dict.fromkeys(self.modalities, 0)
+        index = dict.fromkeys(self.modalities, 0)
+        items: list[MediaItem] = []
+        encoder_items: dict[str, list[EncoderItem]] = {}
+        for medium in media:
+            modality = medium.modality
+            tensors = features[modality][index[modality]]
+            rows = self.num_rows(modality, tensors)
+            own = places[modality][used[modality] : used[modality] + rows]
+            if rows < 1 or len(own) != rows:
+                raise TriptychError(
+                    ErrorKind.INVALID_MEDIA,
+                    f"{medium.param}: this {modality} gives {rows} tokens but the prompt has {len(own)} for it",
+                    medium.param,
+                )
+            index[modality] += 1
+            used[modality] += rows
+            # A video's frame rate decides its positions, and what was computed under this digest with them.
+            rate = f"{medium.data.sampled_fps:.9g}" if isinstance(medium.data, Video) else ""
+            digest = hashlib.blake2b(
+                f"{modality}:{medium.digest}:{self._fingerprints[modality]}:{rate}".encode(), digest_size=32
+            ).hexdigest()
+            encoder = self.encoders[modality]
+            items.append(MediaItem(modality, digest, _spans(own), encoder))
+            encoder_items.setdefault(encoder, []).append(EncoderItem(modality, digest, rows, tensors))
+        for modality, count in used.items():
+            if count != len(places[modality]):
+                raise invalid(
+                    f"the prompt has {len(places[modality])} {modality} tokens but its media give {count}", "messages"
+                )
+        return tuple(items), encoder_items
+
+    def _positions(
+        self, ids: NDArray[np.int32], types: NDArray[np.int32], arguments: Mapping[str, Any]
+    ) -> tuple[NDArray[np.int32], int]:
+        rule = getattr(self.base, "get_rope_index", None)
+        if rule is None:
+            return np.arange(len(ids), dtype=np.int32)[None], 0
+        input_ids = torch.from_numpy(ids.astype(np.int64))[None]
+        known = {
+            "input_ids": input_ids,
+            "mm_token_type_ids": torch.from_numpy(types)[None],
+            "attention_mask": torch.ones_like(input_ids),
+            **arguments,
+        }
+        names = inspect.signature(rule).parameters
+        position_ids, delta = rule(**{name: value for name, value in known.items() if name in names})
+        return position_ids[:, 0].numpy().astype(np.int32), int(delta.reshape(-1)[0])
+
+    def _fingerprint(self, modality: str) -> str:
+        """Changes whenever the processor's options for this modality do."""
+        part = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}[modality]
+        options = json.dumps(getattr(self.processor, part).to_dict(), sort_keys=True, default=str)
+        return hashlib.blake2b(options.encode(), digest_size=16).hexdigest()
+
+
+class TransformersEncoder(ABC):
+    """A tower with its projector (see :class:`.base.Encoder`)."""
+
+    def __init__(self, model: Any, device: str, dtype: torch.dtype) -> None:
+        self.model = model
+        self.base = model.base_model
+        self.config = model.config
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.width = int(self.config.get_text_config().hidden_size)
+
+    @abstractmethod
+    def features(self, modality: str, items: Sequence[EncoderItem]) -> Any:
+        """Run the tower over items of one modality: rows of all items, a tensor or one tensor per item."""
+
+    @torch.no_grad()
+    def encode(self, items: Sequence[EncoderItem]) -> list[torch.Tensor]:
+        """See :meth:`.base.Encoder.encode`."""
+        rows: dict[int, torch.Tensor] = {}
+        for modality in dict.fromkeys(item.modality for item in items):
+            chosen = [k for k, item in enumerate(items) if item.modality == modality]
+            out = self.features(modality, [items[k] for k in chosen])
+            flat = (out if isinstance(out, torch.Tensor) else torch.cat(list(out))).reshape(-1, self.width)
+            counts = [items[k].num_rows for k in chosen]
+            if len(flat) != sum(counts):
+                raise TriptychError(
+                    ErrorKind.STAGE_FAILED,
+                    f"the {modality} encoder gave {len(flat)} embedding rows where {sum(counts)} were expected",
+                )
+            rows.update(zip(chosen, torch.split(flat, counts), strict=True))
+        return [rows[k] for k in range(len(items))]
+
+    def to_device(self, array: NDArray[np.generic]) -> torch.Tensor:
+        """A numpy array on the encoder's device."""
+        # Arrays from the wire may be read-only views; torch wants its own memory.
+        return torch.from_numpy(np.array(array)).to(self.device)
+
+
+class TransformersFamily(ABC):
+    """A model architecture of transformers; subclasses name its classes and modules."""
+
+    model_class: ClassVar[str]
+    towers: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Encoder -> children of the base model that it needs."""
+    modality_encoders: ClassVar[Mapping[str, str]]
+    """Modality -> encoder."""
+    preprocessor_class: ClassVar[type[TransformersPreprocessor]]
+    encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]]
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        self.checkpoint = checkpoint
+        self.settings = settings
+        self.encoders = frozenset(self.towers)
+
+    def load_preprocessor(self) -> TransformersPreprocessor:
+        """See :meth:`.base.Family.load_preprocessor`."""
+        return self.preprocessor_class(
+            self.checkpoint, self.settings, model_class(self.model_class), self.modality_encoders
+        )
+
+    def load_encoder(self, encoder: str, device: str, dtype: torch.dtype) -> TransformersEncoder:
+        """See :meth:`.base.Family.load_encoder`."""
+        if encoder not in self.towers:
+            raise TriptychError(ErrorKind.UNSUPPORTED, f"{self.checkpoint.model_type} has no {encoder} encoder")
+        model = self._load(self.towers[encoder], f"{encoder} encoder", device, dtype)
+        return self.encoder_classes[encoder](model, device, dtype)
+
+    def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
+        """See :meth:`.base.Family.load_decoder`."""
+        model = self._load(("language_model", "lm_head"), "language model", device, dtype)
+        text_model, table = model.base_model.language_model, model.get_input_embeddings()
+
+        def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
+            # Placeholder ids may lie outside the table; their rows are replaced anyway.
+            rows: torch.Tensor = table(ids.masked_fill(is_media, 0))
+            return rows
+
+        tokenizer = _load_tokenizer(self.checkpoint.folder)
+        return Decoder(
+            text_model=text_model,
+            lm_head=model.lm_head,
+            embed=embed,
+            config=model.config.get_text_config(),
+            tokenizer=tokenizer,
+            eos_token_ids=_eos_token_ids(self.checkpoint.folder, model.config, tokenizer),
+            context_length=context_length(model.config),
+            num_axes=3 if hasattr(model.base_model, "get_rope_index") else 1,
+        )
+
+    def _load(self, keep: Sequence[str], part: str, device: str, dtype: torch.dtype) -> Any:
+        def drop(model: Any) -> list[str]:
+            base, prefix = model.base_model, f"{model.base_model_prefix}."
+            children = [
+                prefix + name
+                for name, child in base.named_children()
+                if name not in keep and next(child.parameters(), None) is not None
+            ]
+            return children if "lm_head" in keep else [*children, "lm_head"]
+
+        return load_part(
+            model_class(self.model_class), self.checkpoint.folder, drop, part=part, device=device, dtype=dtype
+        )
+
+
+def context_length(config: Any) -> int:
+    """Positions a checkpoint was made for."""
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def _load_processor(folder: Path) -> Any:
+    try:
+        return model_class("AutoProcessor").from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise TriptychError(
+            ErrorKind.MODEL_NOT_FOUND, f"the processor of {folder} cannot be loaded: {error}", "settings.model"
+        ) from None
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return model_class("AutoTokenizer").from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise TriptychError(
+            ErrorKind.MODEL_NOT_FOUND, f"the tokenizer of {folder} cannot be loaded: {error}", "settings.model"
+        ) from None
+
+
+def _eos_token_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
+    """As ``generate`` takes them: from generation_config.json, else config.json; else the tokenizer's."""
+    generation = model_class("GenerationConfig")
+    if (folder / "generation_config.json").is_file():
+        found = generation.from_pretrained(folder, local_files_only=True).eos_token_id
+    else:
+        found = generation.from_model_config(config).eos_token_id
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset(int(i) for i in (found if isinstance(found, (list, tuple)) else [found]))
+
+
+def _frame_sampling(video_processor: Any, settings: Settings) -> FrameSampling:
+    default = FrameSampling()
+    if video_processor is None:
+        return default
+
+    def option(name: str, otherwise: Any) -> Any:
+        value = getattr(video_processor, name, None)
+        return otherwise if value is None else value
+
+    multiple = int(option("temporal_patch_size", 1))
+    # Never below one full temporal patch.
+    most = max(min(int(option("max_frames", default.max_frames)), settings.max_video_frames), multiple)
+    fixed = getattr(video_processor, "num_frames", None)
+    return FrameSampling(
+        fps=float(option("fps", default.fps)),
+        min_frames=min(int(option("min_frames", default.min_frames)), most),
+        max_frames=most,
+        multiple=multiple,
+        num_frames=None if fixed is None else min(int(fixed), most),
+    )
+
+
+def _first_row(ids: Any) -> list[int]:
+    row: list[int] = (ids[0].tolist()) if isinstance(ids, torch.Tensor) else list(ids[0])
+    return row
+
+
+def _spans(places: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    """Ascending token indices -> half-open runs."""
+    cuts = np.flatnonzero(np.diff(places) != 1) + 1
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(places, cuts))

@@ -1,0 +1,52 @@
+"""Fixtures for every test area: tiny checkpoints, and the ``gpu`` mark."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+# Before torch is imported: small test models gain nothing from more threads, and machines that run tests are busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no NVIDIA GPU."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _tiny_builder() -> ModuleType:
+    """tests/tiny/build.py, which is a script and no importable package."""
+    spec = importlib.util.spec_from_file_location("tiny_build", Path(__file__).parent / "tiny" / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family name (qwen2_vl, qwen2_5_vl, qwen2_5_omni) -> folder of its tiny checkpoint, made once a session."""
+    made: dict[str, Path] = {}
+
+    def checkpoint(name: str) -> Path:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name, numbered=False)
+            _tiny_builder().build(name, folder)
+            made[name] = folder
+        return made[name]
+
+    return checkpoint
