@@ -3,6 +3,7 @@
 from .binary import ServerBinary, find_server
 from .checks import Check, checks
 from .errors import LauncherError
+from .gpu import Placement, place
 from .server import TritonServer
 
-__all__ = ["Check", "LauncherError", "ServerBinary", "TritonServer", "checks", "find_server"]
+__all__ = ["Check", "LauncherError", "Placement", "ServerBinary", "TritonServer", "checks", "find_server", "place"]

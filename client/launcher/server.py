@@ -127,3 +127,230 @@ class TritonServer:
             self.stop()
             raise LauncherError(f"{self.binary.executable} could not be started", "see what it printed above")
         self.pid = int(first[1])
+
+    def wait_ready(self, timeout_s: float, progress: Callable[[str], None]) -> None:
+        """Load every model, stages side by side, and return when all answer.
+
+        Args:
+            timeout_s: seconds for all of it.
+            progress: called with a line of text whenever something has happened.
+
+        Raises:
+            LauncherError: a stage could not load (with the stage's own message), the server ended, or time ran out.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._wait_live(deadline)
+        progress(f"tritonserver is up (pid {self.pid}); loading the models")
+        done = 0
+        for group in (tuple(STAGES), tuple(ENSEMBLES)):
+            for model, seconds in self._load_all(group, deadline, progress):
+                done += 1
+                progress(f"{model} is ready after {seconds:.1f} s ({done} of {len(STAGES) + len(ENSEMBLES)})")
+
+    def reload(self, model: str) -> None:
+        """Load a model anew: a stage whose process has died gets a new one, a living one is replaced.
+
+        Raises:
+            LauncherError: it could not load (with the stage's own message).
+        """
+        self._post(f"/v2/repository/models/{model}/load", timeout_s=None)
+
+    def alive(self) -> bool:
+        """Whether the server process runs (its stages may be dead; see :meth:`stage_pids`)."""
+        return self._guard is not None and self._guard.poll() is None and _running(self.pid)
+
+    def stage_pids(self) -> dict[str, int]:
+        """The living process of each stage; of a stage with several, the first."""
+        found: dict[str, int] = {}
+        for pid, arguments in _children(self.pid):
+            if not arguments or Path(arguments[0]).name != STUB:
+                continue
+            # the stub's arguments hold its instance, "preprocess_0_1" being number 1 of group 0
+            for argument in arguments[1:]:
+                match = re.fullmatch(r"(\w+?)_\d+_\d+", argument)
+                if match and match[1] in STAGES:
+                    found[match[1]] = min(pid, found.get(match[1], pid))
+        return found
+
+    def stop(self) -> None:
+        """Stop the server, its stages and the guard; safe to call twice."""
+        if self._guard is not None:
+            assert self._guard.stdin is not None
+            assert self._guard.stdout is not None
+            self._guard.stdin.close()
+            try:
+                self._guard.wait(GRACE_S + 10)
+            except subprocess.TimeoutExpired:
+                self._guard.kill()
+                self._guard.wait()
+            self._guard.stdout.close()
+            # the guard has done this already, unless it was killed itself
+            if self.pid and self._folder is not None:
+                guard.clean(self.pid, self._shm_prefix, str(self._folder.path))
+            self._guard = None
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _command(self, folder: Path) -> list[str]:
+        """The command line; options that not every release knows are asked for first."""
+        ports = self._ports
+        options = [
+            f"--model-repository={folder / 'models'}",
+            f"--backend-directory={folder / 'backends'}",
+            "--model-control-mode=explicit",
+            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            f"--http-address={HOST}",
+            f"--http-port={ports['HTTP']}",
+            f"--grpc-address={HOST}",
+            f"--grpc-port={ports['gRPC']}",
+            f"--metrics-address={HOST}",
+            f"--metrics-port={ports['metrics']}",
+            "--allow-gpu-metrics=" + ("true" if self._gpu_ids else "false"),
+            # the configs are complete; completing them would start every stage's process twice
+            "--disable-auto-complete-config",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+        ]
+        for gpu in self._gpu_ids:
+            # embeddings stay on the GPU between stages only while this pool has room
+            options.append(f"--cuda-memory-pool-byte-size={gpu}:{CUDA_POOL_BYTES}")
+        if self.binary.knows("--http-max-input-size"):
+            options.append(f"--http-max-input-size={2**31 - 1}")
+        return [str(self.binary.executable), *options]
+
+    def _wait_live(self, deadline: float) -> None:
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.http_url}/v2/health/live", timeout=2):
+                    return
+            except (urllib.error.URLError, OSError):
+                self._check_running()
+            if time.monotonic() > deadline:
+                raise LauncherError("tritonserver did not answer in time", f"its log is {self.log}")
+            time.sleep(_POLL_S)
+
+    def _check_running(self) -> None:
+        if not self.alive():
+            raise LauncherError(f"tritonserver ended: {self._last_error()}", "the line above is from its log")
+
+    def _last_error(self) -> str:
+        """The most telling line of the log: the first error, else the last line."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        lines = [line for line in text.splitlines() if line.strip()]
+        errors = [line for line in lines if re.match(r"(error:|E\d{4} |failed|Failed)", line)]
+        return (errors or lines[-1:] or ["it printed nothing"])[0].strip()
+
+    def _load_all(
+        self, models: Iterable[str], deadline: float, progress: Callable[[str], None]
+    ) -> Iterable[tuple[str, float]]:
+        """Load models side by side; yields (model, seconds) as each is ready."""
+        results: queue.SimpleQueue[tuple[str, float, LauncherError | None]] = queue.SimpleQueue()
+
+        def load(model: str) -> None:
+            started = time.monotonic()
+            error = None
+            try:
+                self.reload(model)
+            except LauncherError as caught:
+                error = caught
+            results.put((model, time.monotonic() - started, error))
+
+        waiting = set(models)
+        for model in sorted(waiting):
+            threading.Thread(target=load, args=(model,), daemon=True).start()
+        told = time.monotonic()
+        while waiting:
+            try:
+                model, seconds, error = results.get(timeout=0.5)
+            except queue.Empty:
+                self._check_running()
+                if time.monotonic() > deadline:
+                    raise LauncherError(
+                        f"not ready in time: {', '.join(sorted(waiting))}", f"the server's log is {self.log}"
+                    ) from None
+                if time.monotonic() - told > 5:
+                    told = time.monotonic()
+                    progress(f"still loading: {', '.join(sorted(waiting))}")
+                continue
+            if error is not None:
+                raise error
+            waiting.discard(model)
+            yield model, seconds
+
+    def _post(self, path: str, timeout_s: float | None) -> None:
+        request = urllib.request.Request(f"{self.http_url}{path}", data=b"{}", method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                answer.read()
+        except urllib.error.HTTPError as error:
+            raise _load_error(error.read().decode(errors="replace")) from None
+        except OSError as error:
+            self._check_running()
+            raise LauncherError(f"tritonserver does not answer: {error}", f"its log is {self.log}") from None
+
+
+def _load_error(body: str) -> LauncherError:
+    """What the server says of a failed load, reduced to what the stage said."""
+    try:
+        text = str(json.loads(body)["error"])
+    except (ValueError, LookupError, TypeError):
+        text = body
+    # Triton wraps: load failed for model 'm': version 1 is at UNAVAILABLE state: Internal: <ours>\n\nAt:\n  file(line)
+    text = text.split("\n\nAt:")[0]
+    text = re.sub(r"^load failed for model '([^']*)': version \d+ is at \w+ state: (?:Internal: )?", r"\1: ", text)
+    text = re.sub(r"\b(?:\w*Exception|TriptychError|Error): ", "", text, count=1)
+    error = TriptychError.from_wire(text.strip().rstrip(";"))
+    return LauncherError(error.message)
+
+
+def _ports(wanted: Mapping[str, int]) -> dict[str, int]:
+    """A port for each name: the given one if it is free, else any."""
+    probes: list[socket.socket] = []
+    ports: dict[str, int] = {}
+    try:
+        for name, port in wanted.items():
+            probe = socket.socket()
+            probes.append(probe)
+            # servers do the same, so a port in TIME_WAIT counts as free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as error:
+                raise LauncherError(
+                    f"the {name} port {port} of {HOST} cannot be taken: {error.strerror}",
+                    f"stop what listens there, or choose another with --{name.lower()}-port (0: any free one)",
+                ) from None
+            ports[name] = int(probe.getsockname()[1])
+    finally:
+        for probe in probes:
+            probe.close()
+    return ports
+
+
+def _running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"
+
+
+def _children(pid: int) -> Iterable[tuple[int, list[str]]]:
+    """(pid, arguments) of the living processes of the server's process group, itself left out."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == pid:
+            continue
+        try:
+            if os.getpgid(int(entry.name)) == pid and _running(int(entry.name)):
+                yield int(entry.name), (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        except (OSError, ProcessLookupError):
+            continue
