@@ -1,0 +1,133 @@
+"""Bookkeeping of the paged KV cache: which block belongs to whom. Holds no tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+class OutOfBlocks(Exception):  # noqa: N818 - a normal event of scheduling, not an error
+    """Fewer blocks are free than were asked for."""
+
+
+class BlockPool:
+    """Reference-counted KV blocks with a prefix cache.
+
+    Every block is in exactly one of three places::
+
+        blank   never written or forgotten, free to take
+        idle    nobody uses it, but its content is known by a key: found again by `acquire`, taken last-used first out
+        in use  referenced by one request or, where its content is shared, by several
+
+    A key stands for everything that decides a block's content: its tokens, media, positions and all before it.
+    Not thread-safe: the engine's thread owns it.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        """Args: ``num_blocks`` blocks of ``block_size`` tokens each."""
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} blocks of {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._references = [0] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can give."""
+        return len(self._blank) + len(self._idle)
+
+    @property
+    def usage(self) -> float:
+        """Share of blocks in use, 0 to 1."""
+        return 1 - self.num_free / self.num_blocks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold ``num_tokens``."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take ``count`` blocks with unknown content; blank ones first, then the idle one unused for longest.
+
+        Raises:
+            OutOfBlocks: fewer are free; nothing is taken.
+        """
+        if count > self.num_free:
+            raise OutOfBlocks(f"{count} blocks wanted, {self.num_free} free")
+        blocks = []
+        for _ in range(count):
+            if self._blank:
+                block = self._blank.pop()
+            else:
+                block, _ = self._idle.popitem(last=False)
+                del self._block_of[self._key_of.pop(block)]
+            self._references[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def acquire(self, keys: Sequence[bytes]) -> list[int]:
+        """Take the known blocks of the longest prefix of ``keys``, shared with whoever else uses them."""
+        blocks = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            self._idle.pop(block, None)
+            self._references[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up one reference to each block; ``blocks`` is in prompt order."""
+        # from the end, so that a prefix is forgotten after what builds on it
+        for block in reversed(blocks):
+            if self._references[block] < 1:
+                raise ValueError(f"block {block} was released more often than taken")
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                if block in self._key_of:
+                    self._idle[block] = None
+                else:
+                    self._blank.append(block)
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Make the content of a full, computed block known; a no-op where the same content is known already."""
+        if self._references[block] < 1:
+            raise ValueError(f"block {block} is published but not in use")
+        if key not in self._block_of and block not in self._key_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def unpublish(self, blocks: Sequence[int]) -> list[int]:
+        """Forget the content of blocks in use, because it is wrong; returns those that nobody else uses."""
+        for block in blocks:
+            key = self._key_of.pop(block, None)
+            if key is not None:
+                del self._block_of[key]
+        return [block for block in blocks if self._references[block] == 1]
+
+    def check(self, expected: Sequence[Sequence[int]] = ()) -> None:
+        """Verify every invariant; ``expected`` are the block tables of all requests (none when idle).
+
+        Raises:
+            AssertionError: that says which invariant does not hold.
+        """
+        counts = [0] * self.num_blocks
+        for table in expected:
+            for block in table:
+                counts[block] += 1
+        if counts != self._references:
+            wrong = [b for b in range(self.num_blocks) if counts[b] != self._references[b]]
+            raise AssertionError(f"references of blocks {wrong} do not match the requests' block tables")
+        free = [*self._blank, *self._idle]
+        if len(set(free)) != len(free):
+            raise AssertionError("a block is free twice")
+        if set(free) != {b for b in range(self.num_blocks) if self._references[b] == 0}:
+            raise AssertionError("free blocks and unreferenced blocks differ")
+        if {block: key for key, block in self._block_of.items()} != self._key_of:
+            raise AssertionError("the two directions of the prefix cache differ")
+        if any(block not in self._key_of for block in self._idle) or any(b in self._key_of for b in self._blank):
+            raise AssertionError("an idle block has no key, or a blank one has")

@@ -1,0 +1,126 @@
+"""Input tensors of ``language_model`` -> a checked prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..contract.errors import ErrorKind, TriptychError
+from ..contract.plan import MediaItem, Plan
+from .engine.request import MediaRows, Prompt
+
+STAGE = "language_model"
+_EMBEDDINGS = {"vision": "vision_embeddings", "audio": "audio_embeddings"}
+
+
+def names(inputs: Mapping[str, Any], tensor: str) -> list[str]:
+    """The request ids in a control tensor, if it is there."""
+    return [item.decode() if isinstance(item, bytes) else str(item) for item in inputs.get(tensor, ())]
+
+
+def read_plan(inputs: Mapping[str, Any]) -> Plan:
+    """The ``plan`` tensor.
+
+    Raises:
+        TriptychError: it is missing, no valid plan, or asks for what the engine has not.
+    """
+    if "plan" not in inputs:
+        raise _wrong("input_ids came without a plan")
+    try:
+        plan = Plan.from_json(inputs["plan"][0])
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise _wrong(f"the plan cannot be read: {type(error).__name__}: {error}") from None
+    if plan.extras:
+        raise TriptychError(
+            ErrorKind.UNSUPPORTED,
+            f"the plan has extras that the engine does not know: {', '.join(plan.extras)}",
+            None,
+            STAGE,
+        )
+    return plan
+
+
+def read_prompt(inputs: Mapping[str, Any], plan: Plan, num_axes: int, hidden_size: int, vocab_size: int) -> Prompt:
+    """Token ids, positions and embedding rows, checked against each other.
+
+    Args:
+        inputs: the stage's inputs.
+        plan: see :func:`read_plan`.
+        num_axes: axes of position ids that the decoder takes.
+        hidden_size: columns of the token embeddings.
+        vocab_size: tokens that have an embedding.
+
+    Raises:
+        TriptychError: STAGE_FAILED, saying which of them do not fit together.
+    """
+    # copies: the server may take its buffers back
+    token_ids = np.array(inputs["input_ids"], dtype=np.int64).reshape(-1)
+    length = token_ids.shape[0]
+    if "position_ids" not in inputs:
+        raise _wrong("input_ids came without position_ids")
+    position_ids = np.array(inputs["position_ids"], dtype=np.int64)
+    if position_ids.shape != (num_axes, length):
+        raise _wrong(f"position_ids have shape {position_ids.shape}, but {(num_axes, length)} is needed")
+    media = []
+    is_text = np.ones(length, dtype=np.bool_)
+    for item in plan.items:
+        if item.encoder not in _EMBEDDINGS:
+            raise _wrong(f"the plan names an unknown encoder {item.encoder!r}")
+        if item.modality not in ("image", "video", "audio"):
+            raise _wrong(f"the plan names an unknown modality {item.modality!r}")
+    for encoder, tensor in _EMBEDDINGS.items():
+        items = [item for item in plan.items if item.encoder == encoder]
+        rows = inputs.get(tensor)
+        if not items and rows is None:
+            continue
+        positions = _places(items, length, is_text)
+        media.append(_rows(positions, rows, encoder, tensor, len(items), hidden_size))
+    text_ids = token_ids[is_text]
+    if text_ids.size and (int(text_ids.min()) < 0 or int(text_ids.max()) >= vocab_size):
+        raise _wrong(
+            f"input_ids hold {int(text_ids.min())} to {int(text_ids.max())}, but token ids are 0 to {vocab_size - 1}"
+        )
+    return Prompt(token_ids, position_ids, plan.rope_delta, plan.items, tuple(media))
+
+
+def _places(items: list[MediaItem], length: int, is_text: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Prompt positions of the rows of ``items``, in row order; marks them as taken in ``is_text``."""
+    parts = []
+    for item in items:
+        for start, end in item.spans:
+            if not 0 <= start < end <= length or not is_text[start:end].all():
+                raise _wrong(
+                    f"the plan puts {item.modality} rows at tokens {start} to {end} of {length}, or twice there"
+                )
+            is_text[start:end] = False
+            parts.append(np.arange(start, end, dtype=np.int64))
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _rows(
+    positions: NDArray[np.int64], value: Any, encoder: str, tensor: str, num_items: int, hidden_size: int
+) -> MediaRows:
+    wanted = positions.shape[0]
+    if value is None:
+        raise _wrong(
+            f"the plan has {num_items} item(s) with {wanted} rows of the {encoder} encoder, but {tensor} is absent"
+        )
+    rows = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+    if rows.dim() != 2 or rows.shape[0] != wanted:
+        raise _wrong(f"{tensor} has shape {tuple(rows.shape)}, but the plan's {num_items} item(s) need {wanted} rows")
+    if rows.shape[1] < hidden_size or rows.shape[1] % hidden_size or not rows.is_floating_point():
+        raise _wrong(
+            f"{tensor} has {rows.shape[1]} columns of {rows.dtype}, but a multiple of {hidden_size} floats is needed"
+        )
+    order = np.argsort(positions, kind="stable")
+    if not np.array_equal(order, np.arange(wanted)):
+        positions, rows = positions[order], rows[torch.from_numpy(order).to(rows.device)]
+    return MediaRows(positions, rows)
+
+
+def _wrong(message: str) -> TriptychError:
+    return TriptychError(ErrorKind.STAGE_FAILED, f"bad input of the language model: {message}", None, STAGE)

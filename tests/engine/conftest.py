@@ -1,0 +1,412 @@
+"""What the engine's tests share: a recording responder, a toy model with a real paged memory, tiny decoders."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from triptych.python_models.contract.delta import Delta, Usage
+from triptych.python_models.contract.errors import TriptychError
+from triptych.python_models.contract.plan import MediaItem, Plan
+from triptych.python_models.contract.sampling import SamplingParams
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.families import torchvision_fix
+from triptych.python_models.families.base import Decoder
+from triptych.python_models.language_model.engine.engine import Engine, EngineConfig, Submission
+from triptych.python_models.language_model.engine.request import Prompt, Slice
+from triptych.python_models.language_model.stage import LanguageModelStage
+
+torchvision_fix.install()
+
+import transformers  # noqa: E402
+
+torch.set_num_threads(1)
+
+WAIT_S = 60.0
+
+
+class Recorder:
+    """A responder that keeps what it gets, and checks that nothing follows the end."""
+
+    def __init__(self, on_delta: Callable[[Delta], None] | None = None) -> None:
+        self.deltas: list[Delta] = []
+        self.error: TriptychError | None = None
+        self.ends = 0
+        self.empty_final = False
+        self.on_delta = on_delta
+        self._done = threading.Event()
+        self._first = threading.Event()
+
+    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
+        if tensors:
+            delta = Delta.from_tensors(tensors)
+            self.deltas.append(delta)
+            if delta.token_ids:
+                self._first.set()
+            if self.on_delta:
+                self.on_delta(delta)
+        else:
+            self.empty_final = final
+        if final:
+            self._end()
+
+    def fail(self, error: TriptychError) -> None:
+        self.error = error
+        self._end()
+
+    def _end(self) -> None:
+        self.ends += 1
+        self._done.set()
+
+    def wait(self) -> Recorder:
+        assert self._done.wait(WAIT_S), "no end within a minute"
+        assert self.ends == 1
+        return self
+
+    def wait_first(self) -> Recorder:
+        assert self._first.wait(WAIT_S), "no token within a minute"
+        return self
+
+    def ok(self) -> Recorder:
+        self.wait()
+        assert self.error is None, self.error
+        return self
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [i for delta in self.deltas for i in delta.token_ids]
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def logprobs(self) -> list[Any]:
+        return [item for delta in self.deltas for item in delta.logprobs]
+
+    @property
+    def usage(self) -> Usage:
+        assert self.deltas[-1].usage is not None
+        return self.deltas[-1].usage
+
+    @property
+    def finish(self) -> tuple[str, Any]:
+        return self.deltas[-1].finish_reason, self.deltas[-1].matched_stop
+
+
+class Meter:
+    """A telemetry that adds up."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, str], float] = {}
+        self.observed: dict[str, list[float]] = {}
+
+    def add(self, name: str, value: float = 1.0, **labels: str) -> None:
+        key = (name, ",".join(labels.values()))
+        self.values[key] = self.values.get(key, 0) + value
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        self.values[(name, ",".join(labels.values()))] = value
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        self.observed.setdefault(name, []).append(value)
+
+    def __call__(self, name: str, label: str = "") -> float:
+        return self.values.get((name, label), 0)
+
+
+class ToyTokenizer:
+    """Token k is the k-th small letter, over and over; token 0 is special."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True, **_: Any) -> str:
+        return "".join(chr(97 + i % 26) for i in token_ids if i or not skip_special_tokens)
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]:
+        return [chr(97 + i % 26) for i in ids]
+
+
+class ToyRunner:
+    """A model whose next token is a hash of all tokens it finds in its paged memory: any mix-up changes the answer.
+
+    ``fail`` may raise for the slices of a step; ``gate`` holds steps back while it is cleared.
+    """
+
+    vocab_size = 40
+
+    def __init__(self, num_blocks: int, block_size: int, eos: int | None = 0) -> None:
+        self.block_size = block_size
+        self.memory = np.full(num_blocks * block_size, -1, dtype=np.int64)
+        self.eos = eos
+        self.fail: Callable[[Sequence[Slice]], None] = lambda slices: None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.steps: list[list[int]] = []
+        self.scrubbed: list[int] = []
+
+    def run(self, slices: Sequence[Slice]) -> torch.Tensor:
+        assert self.gate.wait(WAIT_S)
+        self.steps.append([len(part) for part in slices])
+        self.fail(slices)
+        rows = []
+        for part in slices:
+            table = np.array(part.block_table)
+            places = np.arange(part.start + len(part))
+            slots = table[places // self.block_size] * self.block_size + places % self.block_size
+            # the position is stored too, so a token found at another place is seen
+            values = part.token_ids * 100_003 + part.position_ids[0]
+            for media in part.media:
+                values[media.positions] = (media.rows[:, 0].numpy() * 1000).astype(np.int64)
+            self.memory[slots[part.start :]] = values
+            if part.wants_logits:
+                rows.append(zlib.crc32(self.memory[slots].tobytes()) % (2**31))
+        logits = torch.zeros(len(rows), self.vocab_size)
+        for row, seed in enumerate(rows):
+            logits[row] = torch.randn(self.vocab_size, generator=torch.Generator().manual_seed(seed))
+            if self.eos is None:
+                logits[row, 0] = -torch.inf
+        return logits
+
+    def scrub(self, blocks: Sequence[int]) -> None:
+        self.scrubbed.extend(blocks)
+        for block in blocks:
+            self.memory[block * self.block_size : (block + 1) * self.block_size] = -1
+
+
+@dataclass
+class Toy:
+    """An engine around a :class:`ToyRunner`."""
+
+    engine: Engine
+    runner: ToyRunner
+    meter: Meter
+
+    def submit(
+        self, prompt: Sequence[int], request_id: str = "", recorder: Recorder | None = None, **options: Any
+    ) -> Recorder:
+        recorder = recorder or Recorder()
+        stream = options.pop("stream", True)
+        lease_s, timeout_s = options.pop("lease_s", None), options.pop("timeout_s", None)
+        options.setdefault("temperature", 0)
+        ids = np.array(prompt, dtype=np.int64)
+        self.engine.submit(
+            Submission(
+                request_id,
+                Prompt(ids, np.arange(len(ids), dtype=np.int64)[None]),
+                SamplingParams(**options),
+                recorder,
+                stream,
+                lease_s,
+                timeout_s,
+            )
+        )
+        return recorder
+
+
+@pytest.fixture()
+def make_toy() -> Iterator[Callable[..., Toy]]:
+    """Makes toy engines and, at the end, closes them and checks that they lost nothing."""
+    toys = []
+
+    def make(num_blocks: int = 64, block_size: int = 4, eos: int | None = None, **options: Any) -> Toy:
+        runner, meter = ToyRunner(num_blocks, block_size, eos), Meter()
+        values: dict[str, Any] = {
+            "context_length": 10_000,
+            "max_running": 8,
+            "max_queued": 100,
+            "max_step_tokens": 64,
+            "heartbeat_s": 1000.0,
+            "timeout_s": 1000.0,
+            "eos_token_ids": frozenset() if eos is None else frozenset({eos}),
+        }
+        config = EngineConfig(num_blocks=num_blocks, block_size=block_size, **(values | options))
+        toy = Toy(Engine(runner, ToyTokenizer(), config, meter), runner, meter)
+        toys.append(toy)
+        return toy
+
+    yield make
+    for toy in toys:
+        toy.runner.gate.set()
+        toy.engine.close()
+        toy.engine.check()
+
+
+def _reinit(model: torch.nn.Module) -> None:
+    """Weights wide enough that logits are far from flat."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.2 + ("norm" in name))
+            else:
+                scale = 1.0 if "embed" in name else parameter.shape[-1] ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+_COMMON = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def _build(kind: str) -> Any:
+    if kind == "qwen2":
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_COMMON))
+    elif kind == "gemma2":
+        # soft-capped scores, alternating sliding windows
+        config = transformers.Gemma2Config(
+            **_COMMON,
+            sliding_window=9,
+            attn_logit_softcapping=3.0,
+            query_pre_attn_scalar=24,
+            final_logit_softcapping=None,
+        )
+        model = transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="eager")
+    elif kind == "gpt_oss":
+        # sinks, sliding windows, experts
+        config = transformers.GptOssConfig(**_COMMON, sliding_window=9, num_local_experts=4, num_experts_per_tok=2)
+        model = transformers.GptOssForCausalLM._from_config(config, attn_implementation="eager")
+    else:
+        text = {**_COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+        vision = {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    _reinit(model)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
+    return model.eval()
+
+
+@dataclass
+class Tiny:
+    """A tiny model: transformers' own as reference, and a copy of it as the engine's decoder."""
+
+    reference: Any
+    decoder: Decoder
+    device: str = "cpu"
+    stages: list[LanguageModelStage] = field(default_factory=list)
+
+    def generate(self, prompt: Sequence[int], count: int, **options: Any) -> list[int]:
+        """Greedy tokens of transformers' ``generate``."""
+        ids = torch.tensor([list(prompt)], device=self.device)
+        self._forget()
+        out = self.reference.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, **options
+        )
+        return out[0, len(prompt) :].tolist()
+
+    def logits(self, ids: Sequence[int], **inputs: Any) -> torch.Tensor:
+        """Logits [len(ids), V] of one plain forward pass."""
+        self._forget()
+        with torch.no_grad():
+            inputs = inputs or {"input_ids": torch.tensor([list(ids)], device=self.device)}
+            out: torch.Tensor = self.reference(**inputs).logits[0]
+        return out
+
+    def _forget(self) -> None:
+        if hasattr(self.reference.base_model, "rope_deltas"):
+            self.reference.base_model.rope_deltas = None
+
+    def stage(self, meter: Meter | None = None, **settings: Any) -> LanguageModelStage:
+        """A stage around a fresh copy of the decoder."""
+        values: dict[str, Any] = {"kv_cache_tokens": 2048, "block_size": 4, "heartbeat_s": 1000.0} | settings
+        stage = LanguageModelStage(Settings(**values), meter or Meter(), self.device, decoder=self.decoder)
+        self.stages.append(stage)
+        return stage
+
+    def ask(
+        self,
+        stage: LanguageModelStage,
+        prompt: Sequence[int],
+        *,
+        request_id: str = "",
+        recorder: Recorder | None = None,
+        positions: Any = None,
+        rope_delta: int = 0,
+        items: tuple[MediaItem, ...] = (),
+        tensors: Mapping[str, Any] | None = None,
+        stream: bool = True,
+        **sampling: Any,
+    ) -> Recorder:
+        """Submit a prompt as the server would."""
+        recorder = recorder or Recorder()
+        sampling.setdefault("temperature", 0)
+        plan = Plan(items, SamplingParams(**sampling), rope_delta, stream)
+        axes = self.decoder.num_axes
+        default = np.broadcast_to(np.arange(len(prompt), dtype=np.int32), (axes, len(prompt)))
+        inputs = {
+            "input_ids": np.array(prompt, dtype=np.int32),
+            "position_ids": default if positions is None else positions,
+            "plan": [plan.to_json().encode()],
+            **(tensors or {}),
+        }
+        stage.submit(request_id, inputs, recorder)
+        return recorder
+
+
+@pytest.fixture(scope="session")
+def _models() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture()
+def make_tiny(_models: dict[str, Any]) -> Iterator[Callable[..., Tiny]]:
+    """Makes tiny models; at the end closes their stages and checks that no block was lost."""
+    made: list[Tiny] = []
+
+    def make(kind: str = "qwen2", device: str = "cpu") -> Tiny:
+        if kind not in _models:
+            _models[kind] = _build(kind)
+        reference = copy.deepcopy(_models[kind]).to(device)
+        own = copy.deepcopy(_models[kind]).to(device)
+        text_model = getattr(own.base_model, "language_model", own.base_model)
+        table = own.get_input_embeddings()
+
+        def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = table(ids.masked_fill(is_media, 0))
+            return out
+
+        config = own.config.get_text_config()
+        axes = 3 if kind == "qwen2_5_vl" else 1
+        decoder = Decoder(text_model, own.lm_head, embed, config, ToyTokenizer(), frozenset(), 512, axes)
+        made.append(Tiny(reference, decoder, device))
+        return made[-1]
+
+    yield make
+    for tiny in made:
+        for stage in tiny.stages:
+            stage.close()
+            stage.engine.check()
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every test that takes this runs on the CPU and, where there is one, on a GPU."""
+    return str(request.param)
+
+
+@pytest.fixture()
+def recorder() -> type[Recorder]:
+    """The :class:`Recorder` class."""
+    return Recorder
+
+
+@pytest.fixture()
+def meter() -> Meter:
+    """A fresh :class:`Meter`."""
+    return Meter()
