@@ -1,0 +1,265 @@
+"""Stages in process beside the whole model of transformers, on the same checkpoint and the same media."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from triptych.python_models.builtin import checkpoint as builtin_checkpoint
+from triptych.python_models.contract.errors import TriptychError
+from triptych.python_models.contract.request import MediaPart, Message, TextPart
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.families.base import Decoder, Encoder, Prepared, Preprocessor
+from triptych.python_models.families.registry import load_family
+from triptych.python_models.media.types import Audio, Image, Medium, Video
+
+NEW_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation with its decoded media."""
+
+    messages: tuple[Message, ...]
+    media: tuple[Medium, ...] = ()
+
+
+class ChatMaker:
+    """Makes conversations with random media, always the same for the same seed."""
+
+    def __init__(self, sampling_rate: int) -> None:
+        self.sampling_rate = sampling_rate
+
+    def image(self, seed: int, width: int = 56, height: int = 40) -> Medium:
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return Medium("image", Image(PILImage.fromarray(pixels)), f"image-{seed}-{width}x{height}", "messages[0]")
+
+    def video(self, seed: int, frames: int = 4, duration: float = 2.0) -> Medium:
+        pixels = np.random.default_rng(seed).integers(0, 256, (frames, 48, 64, 3), dtype=np.uint8)
+        video = Video(
+            pixels,
+            frames / duration,
+            duration,
+            16.0,
+            tuple(range(0, int(duration * 16), int(duration * 16) // frames))[:frames],
+            int(duration * 16),
+        )
+        return Medium("video", video, f"video-{seed}-{frames}-{duration}", "messages[0]")
+
+    def audio(self, seed: int, seconds: float = 0.75) -> Medium:
+        count = int(seconds * self.sampling_rate)
+        samples = (np.random.default_rng(seed).standard_normal(count) * 0.1).astype(np.float32)
+        return Medium("audio", Audio(samples, self.sampling_rate), f"audio-{seed}-{seconds}", "messages[0]")
+
+    def chat(self, *parts: Medium | str) -> Chat:
+        """One user turn."""
+        return self.turns(("user", *parts))
+
+    def turns(self, *turns: tuple[Any, ...]) -> Chat:
+        """(role, part, part ...) per turn."""
+        messages = []
+        media: list[Medium] = []
+        for role, *parts in turns:
+            content: list[TextPart | MediaPart] = []
+            for part in parts:
+                if isinstance(part, str):
+                    content.append(TextPart(part))
+                else:
+                    content.append(MediaPart(part.modality, blob=len(media)))
+                    media.append(part)
+            messages.append(Message(role, tuple(content), plain=len(parts) == 1 and isinstance(parts[0], str)))
+        return Chat(tuple(messages), tuple(media))
+
+
+class Parts:
+    """A checkpoint, taken apart and whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings = Settings(model=str(folder), kv_cache_tokens=4096, mm_cache_size_mb=16)
+        self.family = load_family(self.settings)
+
+    @cached_property
+    def preprocessor(self) -> Preprocessor:
+        return self.family.load_preprocessor()
+
+    @cached_property
+    def encoders(self) -> dict[str, Encoder]:
+        return {name: self.family.load_encoder(name, "cpu", torch.float32) for name in self.family.encoders}
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return self.family.load_decoder("cpu", torch.float32)
+
+    @cached_property
+    def make(self) -> ChatMaker:
+        return ChatMaker(self.preprocessor.sampling_rate)
+
+    @cached_property
+    def whole(self) -> Any:
+        """transformers' own model."""
+        import transformers
+
+        model = getattr(transformers, self.family.model_class).from_pretrained(self.folder, dtype=torch.float32)
+        return model.eval()
+
+    @cached_property
+    def processor(self) -> Any:
+        """transformers' own processor, untouched by ours."""
+        import transformers
+
+        return transformers.AutoProcessor.from_pretrained(self.folder)
+
+    # --- the reference
+
+    def reference_inputs(self, chat: Chat) -> dict[str, Any]:
+        """What transformers' processor makes of a conversation."""
+        from transformers.video_utils import VideoMetadata
+
+        conversation = []
+        for message in chat.messages:
+            content: Any = [
+                {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.modality}
+                for part in message.parts
+            ]
+            conversation.append({"role": message.role, "content": content[0]["text"] if message.plain else content})
+        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        arguments: dict[str, Any] = {}
+        data = [medium.data for medium in chat.media]
+        if images := [d.pixels for d in data if isinstance(d, Image)]:
+            arguments["images"] = images
+        if videos := [d for d in data if isinstance(d, Video)]:
+            arguments["videos"] = [v.frames for v in videos]
+            arguments["videos_kwargs"] = {
+                "do_sample_frames": False,
+                "video_metadata": [
+                    VideoMetadata(
+                        total_num_frames=v.total_frames,
+                        fps=v.source_fps,
+                        duration=v.duration_s,
+                        frames_indices=list(v.indices),
+                        height=v.frames.shape[1],
+                        width=v.frames.shape[2],
+                    )
+                    for v in videos
+                ],
+            }
+            if "audio" in self.preprocessor.modalities:
+                # The omni processor takes one frame rate a call, and a size of its own unless told.
+                size = self.processor.video_processor.size
+                arguments["videos_kwargs"] |= {"fps": videos[0].sampled_fps, "size": dict(size)}
+        if sounds := [d.samples for d in data if isinstance(d, Audio)]:
+            arguments["audio"] = sounds
+        return dict(self.processor(text=[text], return_tensors="pt", **arguments))
+
+    def reference_tokens(self, chat: Chat, new_tokens: int = NEW_TOKENS) -> list[int]:
+        """What transformers' ``generate`` answers, greedily."""
+        inputs = self.reference_inputs(chat)
+        # Left over from the call before.
+        self.whole.base_model.rope_deltas = None
+        with torch.no_grad():
+            out = self.whole.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        tokens: list[int] = out[0, inputs["input_ids"].shape[1] :].tolist()
+        return tokens
+
+    # --- the stages
+
+    def prepare(self, chat: Chat) -> Prepared:
+        return self.preprocessor.prepare(chat.messages, chat.media)
+
+    def encode(self, prepared: Prepared) -> dict[str, torch.Tensor]:
+        """Encoder -> rows of all its items."""
+        return {name: torch.cat(self.encoders[name].encode(items)) for name, items in prepared.features.items()}
+
+    def embed(self, prepared: Prepared) -> torch.Tensor:
+        """Token embeddings with the media rows in their places [L, H]."""
+        ids = torch.from_numpy(prepared.input_ids.astype(np.int64))
+        rows = self.encode(prepared)
+        is_media = torch.zeros(len(ids), dtype=torch.bool)
+        used = dict.fromkeys(rows, 0)
+        places = []
+        for item in prepared.items:
+            index = torch.cat([torch.arange(start, end) for start, end in item.spans])
+            is_media[index] = True
+            places.append((index, rows[item.encoder][used[item.encoder] : used[item.encoder] + item.num_rows]))
+            used[item.encoder] += item.num_rows
+        embeddings = self.decoder.embed(ids, is_media).clone()
+        for index, own in places:
+            embeddings[index] = own
+        return embeddings
+
+    @torch.no_grad()
+    def logits(self, prepared: Prepared, answer: Sequence[int] = ()) -> torch.Tensor:
+        """Logits [L + len(answer), V] of the decoder alone."""
+        embeddings = self.embed(prepared)
+        position_ids = torch.from_numpy(prepared.position_ids.astype(np.int64))
+        if answer:
+            ids = torch.tensor(answer)
+            embeddings = torch.cat([embeddings, self.decoder.embed(ids, torch.zeros(len(ids), dtype=torch.bool))])
+            start = len(prepared.input_ids) + prepared.rope_delta
+            new = torch.arange(start, start + len(answer)).expand(len(position_ids), -1)
+            position_ids = torch.cat([position_ids, new], dim=1)
+        hidden = self.decoder.text_model(
+            inputs_embeds=embeddings[None], position_ids=position_ids[:, None], attention_mask=None, use_cache=False
+        ).last_hidden_state
+        out: torch.Tensor = self.decoder.lm_head(hidden[0])
+        return out
+
+    def tokens(self, chat: Chat, new_tokens: int = NEW_TOKENS) -> list[int]:
+        """Greedy decoding of the parts, the whole sequence anew for each token."""
+        prepared = self.prepare(chat)
+        answer: list[int] = []
+        while len(answer) < new_tokens:
+            answer.append(int(self.logits(prepared, answer)[-1].argmax()))
+            if answer[-1] in self.decoder.eos_token_ids:
+                break
+        return answer
+
+
+class Answer:
+    """A Responder that waits for the end."""
+
+    def __init__(self) -> None:
+        self.responses: list[Mapping[str, Any]] = []
+        self.error: TriptychError | None = None
+        self._end = threading.Event()
+
+    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
+        self.responses.append(tensors)
+        if final:
+            self._end.set()
+
+    def fail(self, error: TriptychError) -> None:
+        self.error = error
+        self._end.set()
+
+    def result(self, timeout: float = 60.0) -> list[Mapping[str, Any]]:
+        assert self._end.wait(timeout), "no answer"
+        if self.error is not None:
+            raise self.error
+        return self.responses
+
+
+_NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni"]
+if (builtin_checkpoint() / "config.json").is_file():
+    _NAMES.append("builtin")
+
+
+@pytest.fixture(scope="session", params=_NAMES)
+def parts(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Parts:
+    name: str = request.param
+    return Parts(builtin_checkpoint() if name == "builtin" else tiny_checkpoint(name))
+
+
+@pytest.fixture
+def answer() -> type[Answer]:
+    return Answer

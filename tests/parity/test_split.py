@@ -1,0 +1,115 @@
+"""The parts of a checkpoint, each loaded alone, together equal transformers' whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+CASES = ["text", "turns", "image", "two_images", "wide_image", "video", "slow_video", "audio", "two_audios", "mixed"]
+NEEDS = {"audio": "audio", "two_audios": "audio", "mixed": "audio"}
+
+
+def chat_of(parts: Any, case: str) -> Any:
+    if NEEDS.get(case, "image") not in parts.preprocessor.modalities:
+        pytest.skip(f"{parts.family.checkpoint.model_type} takes no audio")
+    make = parts.make
+    if case == "text":
+        return make.chat("hello world, what is shown?")
+    if case == "turns":
+        return make.turns(
+            ("system", "describe in detail"),
+            ("user", make.image(1), "what is this?"),
+            ("assistant", "a lazy dog"),
+            ("user", "and this?", make.image(2, 40, 80), " How many?"),
+        )
+    if case == "image":
+        return make.chat(make.image(1), "describe this")
+    if case == "two_images":
+        return make.chat(make.image(1), make.image(2, 90, 33), "which is larger?")
+    if case == "wide_image":
+        return make.chat("what is this? ", make.image(3, 200, 64))
+    if case == "video":
+        return make.chat(make.video(4), "describe this video")
+    if case == "slow_video":
+        return make.chat("first ", make.video(5, frames=6, duration=5.0), "then")
+    if case == "audio":
+        return make.chat(make.audio(6), "transcribe")
+    if case == "two_audios":
+        return make.chat(make.audio(6), " and ", make.audio(7, 1.3))
+    assert case == "mixed"
+    return make.turns(
+        ("user", make.audio(6, 0.5), make.image(1), "what is the connection?"),
+        ("assistant", "none"),
+        ("user", make.video(4), "and here?", make.image(2), make.audio(7)),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_inputs_equal_the_processor(parts: Any, case: str) -> None:
+    chat = chat_of(parts, case)
+    prepared = parts.prepare(chat)
+    inputs = parts.reference_inputs(chat)
+    assert prepared.input_ids.dtype == np.int32
+    assert prepared.input_ids.tolist() == inputs["input_ids"][0].tolist()
+    assert prepared.position_ids.shape == (3, len(prepared.input_ids))
+    assert [item.modality for item in prepared.items] == [medium.modality for medium in chat.media]
+    ids = {parts.preprocessor.token_id(m) for m in parts.preprocessor.modalities}
+    covered = sorted(i for item in prepared.items for start, end in item.spans for i in range(start, end))
+    assert covered == [i for i, token in enumerate(prepared.input_ids) if token in ids]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_whole_model(parts: Any, case: str) -> None:
+    chat = chat_of(parts, case)
+    parts.whole.base_model.rope_deltas = None
+    with torch.no_grad():
+        expected = parts.whole(**parts.reference_inputs(chat)).logits[0]
+    found = parts.logits(parts.prepare(chat))
+    assert float(expected.std()) > 0.1, "flat logits prove nothing"
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_equal_generate(parts: Any, case: str) -> None:
+    chat = chat_of(parts, case)
+    assert parts.tokens(chat) == parts.reference_tokens(chat)
+
+
+def test_pixels_equal_the_processor_bit_for_bit(parts: Any) -> None:
+    chat = parts.make.chat(parts.make.image(1), parts.make.image(2, 90, 33), "x")
+    items = parts.prepare(chat).features["vision"]
+    encoder = parts.encoders["vision"]
+    found = torch.cat([encoder._pixels(item) for item in items])
+    assert torch.equal(found, parts.reference_inputs(chat)["pixel_values"])
+
+
+def test_items_of_several_requests_encode_together(parts: Any) -> None:
+    make = parts.make
+    for encoder, chats in {
+        "vision": [
+            make.chat(make.image(1), "a"),
+            make.chat(make.video(4), make.image(2, 90, 33), "b"),
+            make.chat(make.image(3, 112, 112), "c"),
+        ],
+        "audio": [make.chat(make.audio(6), "a"), make.chat(make.audio(7, 1.3), make.audio(8, 0.2), "b")],
+    }.items():
+        if encoder not in parts.encoders:
+            continue
+        features = [parts.prepare(chat).features[encoder] for chat in chats]
+        together = parts.encoders[encoder].encode([item for items in features for item in items])
+        alone = [rows for items in features for item in items for rows in parts.encoders[encoder].encode([item])]
+        assert [len(rows) for rows in together] == [item.num_rows for items in features for item in items]
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_same_medium_same_digest_only(parts: Any) -> None:
+    make = parts.make
+    chat = make.chat(make.image(1), make.image(1), make.image(2), "x")
+    first, again, other = (item.digest for item in parts.prepare(chat).items)
+    assert first == again != other
+    slow, fast = (parts.prepare(make.chat(make.video(4, duration=d), "x")).items[0].digest for d in (4.0, 2.0))
+    assert slow != fast, "the frame rate decides positions"
