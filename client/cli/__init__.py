@@ -1,1 +1,5 @@
 """The triptych command."""
+
+from .main import main
+
+__all__ = ["main"]

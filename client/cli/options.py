@@ -1,0 +1,112 @@
+"""The options of ``triptych serve``: those of the stages come from the contract, so that none is forgotten."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from triptych.python_models.contract.errors import TriptychError
+from triptych.python_models.contract.settings import Settings
+
+from .parser import CommandError
+
+# Settings whose option is not simply their name with dashes.
+_NAMES = {"model": "--model-path", "allowed_media_hosts": "--allowed-media-host"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def option_of(setting: str) -> str:
+    """The command-line option of a field of Settings."""
+    return _NAMES.get(setting, "--" + setting.replace("_", "-"))
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add one option for every field of Settings, with the help text of its docstring."""
+    group = parser.add_argument_group("model and engine")
+    group.add_argument("model_argument", nargs="?", metavar="MODEL", help="what to serve; short for --model-path")
+    types, helps = get_type_hints(Settings), _helps()
+    for field in fields(Settings):
+        option, kind = option_of(field.name), types[field.name]
+        common: dict[str, Any] = {"dest": field.name, "default": None}
+        text = helps[field.name].replace("%", "%%")
+        if kind is bool:
+            group.add_argument(option, action="store_true", help=text, **common)
+        elif kind in (int, float, str):
+            shown = "" if field.default == "" else f" (default {field.default})"
+            group.add_argument(option, type=kind, metavar=_metavar(kind), help=text + shown, **common)
+        else:
+            group.add_argument(option, action="append", metavar="HOST", help=text + " (may be repeated)", **common)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that the arguments ask for.
+
+    Raises:
+        CommandError: a value that is not allowed, or a model that is not there.
+    """
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
+    if args.model_argument is not None:
+        if given.get("model", args.model_argument) != args.model_argument:
+            raise CommandError(f"two models: {args.model_argument!r} and --model-path {given['model']!r}", "give one")
+        given["model"] = args.model_argument
+    if "model" in given:
+        given["model"] = resolve_model(given["model"])
+    try:
+        return Settings.from_dict(given)
+    except TriptychError as error:
+        name = (error.param or "").removeprefix("settings.")
+        message = error.message.replace(f"settings.{name}", option_of(name)) if name else error.message
+        raise CommandError(message) from None
+
+
+def resolve_model(model: str) -> str:
+    """The model as the stages need it: folders absolute, since they run elsewhere.
+
+    Raises:
+        CommandError: neither the built-in model, nor a checkpoint folder, nor the form of a hub id.
+    """
+    if model == "builtin":
+        return model
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CommandError(
+                f"{folder} is no model: it has no config.json", "name a folder in Hugging Face layout, or 'builtin'"
+            )
+        return str(folder.resolve())
+    if _HUB_ID.fullmatch(model):
+        return model
+    raise CommandError(
+        f"there is no model {model!r}: no such folder, and not a hub id (organisation/name)",
+        "name a folder in Hugging Face layout, a hub id, or 'builtin'",
+    )
+
+
+def served_name(args: argparse.Namespace) -> str:
+    """The name requests use: as asked for, else the model as it was given."""
+    if args.served_model_name:
+        return str(args.served_model_name)
+    model = args.model_argument or args.model or Settings.model
+    return "triptych-builtin" if model == "builtin" else str(model)
+
+
+def _metavar(kind: type) -> str:
+    return {int: "N", float: "X", str: "NAME"}[kind]
+
+
+def _helps() -> dict[str, str]:
+    """Field name -> description, from the "Attributes" section of the docstring of Settings."""
+    text = inspect.getdoc(Settings) or ""
+    found: dict[str, str] = {}
+    name = ""
+    for line in text.partition("Attributes:")[2].splitlines():
+        if match := re.match(r"    (\w+): (.*)", line):
+            name = match[1]
+            found[name] = match[2]
+        elif name:
+            found[name] += " " + line.strip()
+    return {f.name: found.get(f.name, "").strip().removesuffix(".") for f in fields(Settings)}

@@ -1,0 +1,204 @@
+"""What ``triptych serve`` does: the endpoint in this process, the Triton server as its child, both supervised."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+from triptych.client.launcher import LauncherError, TritonServer, find_server, place
+from triptych.client.openai_api import Service, ShimOptions, create_app
+from triptych.python_models.contract.errors import TriptychError
+from triptych.python_models.contract.settings import Settings
+
+from . import options
+from .parser import CommandError
+
+_SUPERVISE_S = 0.5
+_DRAIN_S = 5
+_TRITON_METRICS_PORT = 8002
+# gRPC cannot carry more in one message.
+_MAX_BODY_MB = 2000
+
+
+class _Endpoint(uvicorn.Server):
+    """uvicorn without its signal handlers: the command stops more than the endpoint."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Returns:
+        0 after a stop that was asked for, 1 where the Triton server ended by itself.
+
+    Raises:
+        CommandError: why it cannot start.
+    """
+    logging.basicConfig(
+        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    settings = options.settings_of(args)
+    shim = _shim_options(args)
+    with _listen(args.host, args.port) as listener:
+        try:
+            return asyncio.run(_Serving(args, settings, shim, listener).run())
+        except LauncherError as error:
+            raise CommandError(error.message, error.remedy) from None
+        except TriptychError as error:
+            raise CommandError(error.message) from None
+
+
+class _Serving:
+    """One run of the command."""
+
+    def __init__(
+        self, args: argparse.Namespace, settings: Settings, shim: ShimOptions, listener: socket.socket
+    ) -> None:
+        self._args = args
+        self._settings = settings
+        self._listener = listener
+        self._service = Service(shim)
+        self._triton: TritonServer | None = None
+        self._began = time.monotonic()
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> int:
+        """Start everything, wait, stop everything."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._stopping.set)
+        # The endpoint listens from the beginning, so that /health can say that the model is loading.
+        config = uvicorn.Config(
+            create_app(self._service), log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
+        )
+        endpoint = _Endpoint(config)
+        serving = asyncio.create_task(endpoint.serve(sockets=[self._listener]))
+        starting = asyncio.create_task(self._start())
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({serving, starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                return await self._supervise(serving)
+            return 0
+        finally:
+            self._service.drain()
+            endpoint.should_exit = True
+            # Stopping the server also ends a start that is under way.
+            await asyncio.gather(serving, self._stop_triton(), return_exceptions=True)
+            await asyncio.gather(starting, return_exceptions=True)
+            stopping.cancel()
+            _say("stopped")
+
+    async def _start(self) -> None:
+        if self._args.triton_url:
+            host = self._args.triton_url.split("://")[-1].rpartition(":")[0] or self._args.triton_url
+            metrics_port = self._args.metrics_port or _TRITON_METRICS_PORT
+            await self._service.connect(self._args.triton_url, f"http://{host}:{metrics_port}/metrics")
+        else:
+            triton = await asyncio.to_thread(self._prepare_triton)
+            await self._service.connect(triton.grpc_url, triton.metrics_url)
+        self._say_ready()
+
+    def _prepare_triton(self) -> TritonServer:
+        args, placement = self._args, place(self._settings)
+        where = f"GPU {', '.join(map(str, placement.gpu_ids))}" if placement.gpu_ids else "the CPU"
+        _say(f"serving {self._settings.model} on {where}")
+        self._triton = triton = TritonServer(
+            find_server(args.tritonserver),
+            self._settings,
+            grpc_port=args.grpc_port,
+            http_port=args.http_port,
+            metrics_port=args.metrics_port,
+            embedding_dtype=placement.embedding_dtype,
+            gpu_ids=placement.gpu_ids,
+            log=Path(args.server_log).absolute() if args.server_log else None,
+        )
+        triton.start()
+        triton.wait_ready(args.startup_timeout, _say)
+        return triton
+
+    async def _supervise(self, serving: asyncio.Task[None]) -> int:
+        while not self._stopping.is_set():
+            if serving.done():
+                _complain("the HTTP endpoint ended by itself")
+                return 1
+            if self._triton is not None and not self._triton.alive():
+                _complain("tritonserver ended by itself; start `triptych serve` again")
+                return 1
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), _SUPERVISE_S)
+        return 0
+
+    async def _stop_triton(self) -> None:
+        if self._triton is not None:
+            await asyncio.to_thread(self._triton.stop)
+
+    def _say_ready(self) -> None:
+        name = self._service.options.served_model_name
+        host = self._args.host if self._args.host not in ("0.0.0.0", "::") else "127.0.0.1"
+        url = f"http://{f'[{host}]' if ':' in host else host}:{self._listener.getsockname()[1]}"
+        body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
+        _say(f"ready: {url} after {time.monotonic() - self._began:.1f} s, model {name!r}; Ctrl-C stops it")
+        _say(f"  curl {url}/v1/chat/completions -d '{body}'")
+
+
+def _shim_options(args: argparse.Namespace) -> ShimOptions:
+    for option in ("max_inflight_requests", "max_body_mb", "max_inflight_mb"):
+        if getattr(args, option) <= 0:
+            raise CommandError(f"--{option.replace('_', '-')} must be greater than 0, got {getattr(args, option):g}")
+    if args.max_body_mb > _MAX_BODY_MB:
+        raise CommandError(f"--max-body-mb must be at most {_MAX_BODY_MB}, got {args.max_body_mb:g}")
+    return ShimOptions(
+        served_model_name=options.served_name(args),
+        max_inflight_requests=args.max_inflight_requests,
+        max_body_bytes=int(args.max_body_mb * 2**20),
+        max_inflight_bytes=int(args.max_inflight_mb * 2**20),
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket; a taken port shows before a model is loaded for minutes."""
+    if not 0 <= port < 65536:
+        raise CommandError(f"--port must be between 0 and 65535, got {port}")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise CommandError(f"--host {host!r} is no address: {error.strerror}", "try 127.0.0.1 or 0.0.0.0") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        # Listening is what makes a second server on this port fail.
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise CommandError(
+            f"port {port} of {host} cannot be taken: {error.strerror}",
+            "stop what listens there, or choose another with --port",
+        ) from None
+    return listener
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _complain(text: str) -> None:
+    print(f"triptych serve: {text}", file=sys.stderr, flush=True)
