@@ -40,7 +40,7 @@ def _numpy() -> Check:
     except PackageNotFoundError:
         return Check("numpy", False, "not installed", "pip install 'numpy<2'")
     ok = int(found.split(".")[0]) < 2
-    return Check("numpy", ok, found, "" if ok else "the server's Python backend corrupts strings: pip install 'numpy<2'")
+    return Check("numpy", ok, found, "pip install 'numpy<2': the server's Python backend corrupts strings with 2")
 
 
 def _libpython() -> Check:

@@ -71,7 +71,7 @@ def place(settings: Settings) -> Placement:
 
 
 def _dtype_on_gpu(settings: Settings) -> str:
-    """"auto" is the checkpoint's dtype; where its config is not at hand, bfloat16, as almost all are."""
+    """ "auto" is the checkpoint's dtype; where its config is not at hand, bfloat16, as almost all are."""
     if settings.dtype != "auto":
         return settings.dtype
     config = Path(settings.model) / "config.json"

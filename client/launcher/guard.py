@@ -8,6 +8,7 @@ the server's exit status.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import json
@@ -84,11 +85,9 @@ def _end(server: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def _say(text: str) -> None:
-    try:
+    # where nobody listens any more, the work goes on
+    with contextlib.suppress(BrokenPipeError):
         os.write(1, f"{text}\n".encode())
-    except BrokenPipeError:
-        # nobody listens any more; the work goes on
-        pass
 
 
 if __name__ == "__main__":

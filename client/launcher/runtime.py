@@ -62,9 +62,10 @@ class RuntimeFolder:
     def _link_backends(self, binary: ServerBinary) -> None:
         python = self.path / "backends" / "python"
         python.mkdir(parents=True)
+        # copies: the server refuses a library whose real path lies outside its backend directory
         for name in ("libtriton_python.so", "triton_python_backend_utils.py"):
-            (python / name).symlink_to((binary.python_backend / name).resolve())
-        (python / STUB).symlink_to(binary.stub.resolve())
+            shutil.copy(binary.python_backend / name, python / name)
+        shutil.copy(binary.stub, python / STUB)
         ours = self.path / "backends" / "triptych"
         ours.mkdir()
         shutil.copyfile(backend_source(), ours / "model.py")

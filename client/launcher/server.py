@@ -7,7 +7,6 @@ import os
 import queue
 import re
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from ...python_models.contract.errors import TriptychError
 from ...python_models.contract.settings import Settings
@@ -70,7 +68,7 @@ class TritonServer:
             embedding_dtype: "FP32", "BF16" or "FP16"; what encoders hand to the language model.
             gpu_ids: GPUs of the stages that use one; none: everything on the CPU.
             log: where to keep the server's log; None: in the runtime folder, gone after :meth:`stop`.
-            stage_classes: {stage: "module:Class"} that replaces the built-in class of a stage.
+            stage_classes: {stage: "/path/file.py:Class"} that replaces the built-in class of a stage.
 
         Raises:
             LauncherError: a given port is taken.

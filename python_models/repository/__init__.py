@@ -31,7 +31,7 @@ def write(
         settings: options of the deployment.
         embedding_dtype: "FP32", "BF16" or "FP16".
         gpu_ids: GPUs of the stages that use one; none: everything on the CPU.
-        stage_classes: {stage: "module:Class"} that replaces the built-in class of a stage.
+        stage_classes: {stage: "/path/file.py:Class"} that replaces the built-in class of a stage.
 
     Returns:
         the model names, stages before ensembles.

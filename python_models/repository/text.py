@@ -30,7 +30,7 @@ def stage_config(
         settings: options of the deployment, carried whole in the parameter ``settings``.
         embedding_dtype: what stands for EMBEDDING.
         gpu_ids: GPUs of a stage that uses one; none: CPU.
-        stage_class: "module:Class" that replaces the built-in class.
+        stage_class: "/path/file.py:Class" that replaces the built-in class.
     """
     on_gpu = spec.uses_gpu and bool(gpu_ids)
     parameters = {"stage": stage_class or spec.name, "settings": settings.to_json()}
