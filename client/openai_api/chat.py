@@ -62,7 +62,11 @@ class _Run:
         self._arrival = arrival
         self._saw_text = False
         self._completion = sse.Completion(
-            self._generation.id, int(time.time()), call.model, service.fingerprint, call.include_usage
+            self._generation.id,
+            int(time.time()),
+            service.options.served_model_name,
+            service.fingerprint,
+            call.include_usage,
         )
         self._watch = asyncio.create_task(_until_gone(request, self._generation, service))
 

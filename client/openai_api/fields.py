@@ -27,14 +27,12 @@ class ChatCall:
     """A checked request body.
 
     Attributes:
-        model: the name it asked for.
         request: what goes to the ensemble (lease not yet set).
         media: its blobs.
         include_usage: send a usage chunk at the end of the stream.
         token_limit: how the body named its token limit, for error messages.
     """
 
-    model: str
     request: ChatRequest
     media: tuple[bytes, ...]
     include_usage: bool
@@ -54,7 +52,7 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
     """
     data = _object(body)
     check.known_keys(data, (*_OWN, *_SAMPLING, *_NEUTRAL), "")
-    model = _model(data, served_model_name)
+    _check_model(data, served_model_name)
     for name, rule in _NEUTRAL.items():
         if data.get(name) is not None:
             rule(data[name], name)
@@ -64,7 +62,7 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
     blobs: list[bytes] = []
     messages = parts.messages(data.get("messages"), blobs)
     request = ChatRequest(messages, sampling, stream, lease_s)
-    return ChatCall(model, request, tuple(blobs), include_usage, token_limit)
+    return ChatCall(request, tuple(blobs), include_usage, token_limit)
 
 
 def _object(body: bytes) -> Mapping[str, Any]:
@@ -77,7 +75,7 @@ def _object(body: bytes) -> Mapping[str, Any]:
     return data
 
 
-def _model(data: Mapping[str, Any], served_model_name: str) -> str:
+def _check_model(data: Mapping[str, Any], served_model_name: str) -> None:
     if data.get("model") is None:
         raise invalid(f"model is missing; this server has {served_model_name!r}", "model")
     model = check.string(data["model"], "model")
@@ -85,7 +83,6 @@ def _model(data: Mapping[str, Any], served_model_name: str) -> str:
         raise TriptychError(
             ErrorKind.MODEL_NOT_FOUND, f"model {model!r} does not exist; this server has {served_model_name!r}", "model"
         )
-    return model
 
 
 def _include_usage(data: Mapping[str, Any], stream: bool) -> bool:

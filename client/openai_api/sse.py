@@ -42,7 +42,7 @@ class Completion:
     Attributes:
         id: ``chatcmpl-...``.
         created: Unix time, the same in every chunk.
-        model: the name the request asked for.
+        model: the served model's name.
         fingerprint: of this deployment.
         include_usage: whether a usage chunk ends the stream.
     """
