@@ -114,31 +114,28 @@ class PromptWriter:
                 run.append(part.text)
                 continue
             joined = "".join(run)
-            matches = list(self._special.finditer(joined))
+            # Half-open ranges of special tokens, the next one last.
+            special = [match.span() for match in self._special.finditer(joined)][::-1]
             start = 0
             for text in run:
                 end = start + len(text)
-                out.append(self._replace(joined, start, end, matches, where, literals))
+                pieces: list[str] = []
+                while special and special[-1][0] < end:
+                    low, high = special.pop()
+                    pieces += [joined[start:low], self._stand_in(joined[low : min(high, end)], where, literals)]
+                    start = min(high, end)
+                    if high > end:
+                        # The rest of it is in the next text.
+                        special.append((end, high))
+                out.append("".join(pieces) + joined[start:end])
                 start = end
             run = []
         return out
 
-    def _replace(
-        self, joined: str, start: int, end: int, matches: list[re.Match[str]], where: str, literals: dict[str, int]
-    ) -> str:
-        pieces: list[str] = []
-        at = start
-        for match in matches:
-            low, high = max(match.start(), start), min(match.end(), end)
-            if low >= high:
-                continue
-            literal = joined[low:high]
-            if literal not in literals and len(literals) == _STAND_INS:
-                raise invalid(f"{where} holds too many different special tokens: at most {_STAND_INS}", where)
-            k = literals.setdefault(literal, len(literals))
-            pieces += [joined[at:low], self._names[k]]
-            at = high
-        return "".join(pieces) + joined[at:end]
+    def _stand_in(self, literal: str, where: str, literals: dict[str, int]) -> str:
+        if literal not in literals and len(literals) == _STAND_INS:
+            raise invalid(f"{where} holds too many different pieces of special tokens: at most {_STAND_INS}", where)
+        return self._names[literals.setdefault(literal, len(literals))]
 
     def _literal_ids(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,116 @@
+"""``Settings.model`` -> checkpoint -> family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triptych.python_models.builtin import checkpoint as builtin_checkpoint
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.families.checkpoint import find_checkpoint
+from triptych.python_models.families.registry import load_family, supported_model_types
+
+
+def refused(model: str) -> TriptychError:
+    with pytest.raises(TriptychError) as caught:
+        load_family(Settings(model=model))
+    return caught.value
+
+
+def write_config(folder: Path, config: Any) -> Path:
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return folder
+
+
+def test_folder(tmp_path: Path) -> None:
+    found = find_checkpoint(Settings(model=str(write_config(tmp_path, {"model_type": "qwen2_5_vl"}))))
+    assert found.folder == tmp_path
+    assert found.model_type == "qwen2_5_vl"
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"thinker_config": {"torch_dtype": "bfloat16"}}, "bfloat16"),
+        ({}, "float32"),
+    ],
+)
+def test_dtype_of_a_checkpoint(config: dict[str, Any], name: str, tmp_path: Path) -> None:
+    assert find_checkpoint(Settings(model=str(write_config(tmp_path, config)))).dtype == name
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    error = refused(str(tmp_path / "nothing"))
+    assert error.kind is ErrorKind.MODEL_NOT_FOUND
+    assert "there is no folder" in error.message
+    assert "builtin" in error.message
+
+
+def test_file_instead_of_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    assert "is a file" in refused(str(path)).message
+
+
+def test_folder_without_config(tmp_path: Path) -> None:
+    error = refused(str(tmp_path))
+    assert error.kind is ErrorKind.MODEL_NOT_FOUND
+    assert "has no config.json" in error.message
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_broken_config(text: str, tmp_path: Path) -> None:
+    error = refused(str(write_config(tmp_path, text)))
+    assert error.kind is ErrorKind.MODEL_NOT_FOUND
+    assert "config.json" in error.message
+
+
+def test_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: list[Any] = []
+
+    def offline(*args: Any, **kwargs: Any) -> str:
+        asked.append((args, kwargs["revision"]))
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(TriptychError) as caught:
+        load_family(Settings(model="Some/Model", revision="v2"))
+    assert asked == [(("Some/Model",), "v2")]
+    assert caught.value.kind is ErrorKind.MODEL_NOT_FOUND
+    assert "'Some/Model' at revision 'v2'" in caught.value.message
+    assert "HF_TOKEN" in caught.value.message
+
+
+def test_hub_id_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    write_config(tmp_path, {"model_type": "qwen2_vl"})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    assert find_checkpoint(Settings(model="Some/Model")).folder == tmp_path
+
+
+def test_builtin_is_the_package_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import triptych.python_models.builtin as builtin
+
+    write_config(tmp_path, {"model_type": "qwen2_vl"})
+    assert builtin_checkpoint().name == "checkpoint"
+    monkeypatch.setattr(builtin, "checkpoint", lambda: tmp_path)
+    assert find_checkpoint(Settings(model="builtin")).folder == tmp_path
+
+
+def test_unknown_model_type_names_the_supported(tmp_path: Path) -> None:
+    error = refused(str(write_config(tmp_path, {"model_type": "gpt2"})))
+    assert error.kind is ErrorKind.UNSUPPORTED
+    assert "is not supported because" in error.message
+    assert "'gpt2'" in error.message
+    for name in supported_model_types():
+        assert name in error.message

@@ -1,0 +1,221 @@
+"""A stage loads its own weights and reads no others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.families import torchvision_fix
+from triptych.python_models.families.loading import Absent, load_part, model_class, stage_dtype
+from triptych.python_models.families.registry import load_family
+
+TOWER, AUDIO, TEXT = "model.visual.", "model.audio_tower.", "model.language_model."
+
+
+def family_of(folder: Path) -> Any:
+    return load_family(Settings(model=str(folder)))
+
+
+def parameters(model: Any) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
+
+
+class ReadLog:
+    """Names of the tensors whose data was read from safetensors files."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> ReadLog:
+    torchvision_fix.install()
+    import transformers.modeling_utils as module
+
+    log = ReadLog()
+    original = module.safe_open
+
+    class Slice:
+        def __init__(self, inner: Any, name: str) -> None:
+            self._inner, self._name = inner, name
+
+        def __getitem__(self, index: Any) -> Any:
+            log.names.add(self._name)
+            return self._inner[index]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+    class File:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._inner = original(*args, **kwargs)
+
+        def get_slice(self, name: str) -> Any:
+            return Slice(self._inner.get_slice(name), name)
+
+        def get_tensor(self, name: str) -> Any:
+            log.names.add(name)
+            return self._inner.get_tensor(name)
+
+        def __enter__(self) -> File:
+            self._inner.__enter__()
+            return self
+
+        def __exit__(self, *exc: Any) -> Any:
+            return self._inner.__exit__(*exc)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._inner, name)
+
+    monkeypatch.setattr(module, "safe_open", File)
+    return log
+
+
+def on_disk(folder: Path) -> set[str]:
+    return set(load_file(folder / "model.safetensors"))
+
+
+def test_vision_encoder_reads_the_tower_alone(tiny_checkpoint: Callable[[str], Path], reads: ReadLog) -> None:
+    folder = tiny_checkpoint("qwen2_5_omni")
+    encoder = family_of(folder).load_encoder("vision", "cpu", torch.float32)
+    assert parameters(encoder.model)
+    assert all(name.startswith(TOWER) for name in parameters(encoder.model))
+    assert reads.names == {name for name in on_disk(folder) if ".visual." in f".{name}"}
+    assert isinstance(encoder.base.audio_tower, Absent)
+
+
+def test_audio_encoder_reads_the_tower_alone(tiny_checkpoint: Callable[[str], Path], reads: ReadLog) -> None:
+    folder = tiny_checkpoint("qwen2_5_omni")
+    encoder = family_of(folder).load_encoder("audio", "cpu", torch.float32)
+    assert all(name.startswith(AUDIO) for name in parameters(encoder.model))
+    assert reads.names == {name for name in on_disk(folder) if ".audio_tower." in f".{name}"}
+    assert isinstance(encoder.base.visual, Absent)
+    with pytest.raises(RuntimeError, match="visual is not part of this stage"):
+        encoder.base.visual(None)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni"])
+def test_decoder_reads_the_language_model_alone(
+    name: str, tiny_checkpoint: Callable[[str], Path], reads: ReadLog
+) -> None:
+    folder = tiny_checkpoint(name)
+    decoder = family_of(folder).load_decoder("cpu", torch.float32)
+    towers = {n for n in on_disk(folder) if "visual." in n or "audio_tower." in n}
+    assert towers
+    assert reads.names == on_disk(folder) - towers
+    assert not any(p.is_meta for p in decoder.text_model.parameters())
+
+
+def test_preprocessor_reads_no_weights(tiny_checkpoint: Callable[[str], Path], reads: ReadLog) -> None:
+    preprocessor = family_of(tiny_checkpoint("qwen2_5_vl")).load_preprocessor()
+    assert all(p.is_meta for p in preprocessor.model.parameters())
+    assert not reads.names
+
+
+def test_weights_equal_those_of_the_whole_model(tiny_checkpoint: Callable[[str], Path]) -> None:
+    folder = tiny_checkpoint("qwen2_5_omni")
+    family = family_of(folder)
+    whole = dict(model_class(family.model_class).from_pretrained(folder, dtype=torch.float32).named_parameters())
+    seen: set[str] = set()
+    for model in (
+        family.load_encoder("vision", "cpu", torch.float32).model,
+        family.load_encoder("audio", "cpu", torch.float32).model,
+    ):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, whole[name]), name
+            assert not parameter.requires_grad
+            seen.add(name)
+    decoder = family.load_decoder("cpu", torch.float32)
+    for name, parameter in decoder.text_model.named_parameters():
+        assert torch.equal(parameter, whole[TEXT + name]), name
+        seen.add(TEXT + name)
+    assert seen | {"lm_head.weight"} == set(whole)
+
+
+def test_tied_head(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """A checkpoint whose head is its embedding table, and which stores it once."""
+    folder = tmp_path / "tied"
+    shutil.copytree(tiny_checkpoint("qwen2_5_vl"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    decoder = family_of(folder).load_decoder("cpu", torch.float32)
+    assert decoder.lm_head.weight.data_ptr() == decoder.text_model.embed_tokens.weight.data_ptr()
+    family_of(folder).load_encoder("vision", "cpu", torch.float32)
+
+
+def test_missing_weights_are_named(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint("qwen2_5_vl"), folder)
+    weights = load_file(folder / "model.safetensors")
+    gone = next(name for name in sorted(weights) if name.endswith("blocks.1.attn.proj.weight"))
+    del weights[gone]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(TriptychError, match=r"lacks weights of the vision encoder: .*blocks\.1\.attn\.proj\.weight"):
+        family_of(folder).load_encoder("vision", "cpu", torch.float32)
+    # The other half does not care.
+    family_of(folder).load_decoder("cpu", torch.float32)
+
+
+def test_no_weight_files(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    shutil.copytree(tiny_checkpoint("qwen2_5_vl"), folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(TriptychError, match="cannot be loaded") as caught:
+        family_of(folder).load_decoder("cpu", torch.float32)
+    assert caught.value.kind is ErrorKind.MODEL_NOT_FOUND
+
+
+def test_truncated_weight_file(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_checkpoint("qwen2_5_vl"), folder)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(TriptychError, match="cannot be loaded"):
+        family_of(folder).load_decoder("cpu", torch.float32)
+
+
+def test_dtype(tiny_checkpoint: Callable[[str], Path]) -> None:
+    folder = tiny_checkpoint("qwen2_5_vl")
+    family = family_of(folder)
+    encoder = family.load_encoder("vision", "cpu", torch.bfloat16)
+    assert {p.dtype for p in encoder.model.parameters()} == {torch.bfloat16}
+    checkpoint = family.checkpoint
+    assert stage_dtype(checkpoint, Settings(), "cpu") is torch.float32
+    assert stage_dtype(checkpoint, Settings(dtype="float16"), "cpu") is torch.float16
+    half = type(checkpoint)(folder, {**checkpoint.config, "dtype": "bfloat16"})
+    assert stage_dtype(half, Settings(), "cuda:0") is torch.bfloat16
+    assert stage_dtype(half, Settings(), "cpu") is torch.float32
+    with pytest.raises(TriptychError, match="dtype must be auto, float32, bfloat16 or float16, got 'int8'"):
+        stage_dtype(checkpoint, Settings(dtype="int8"), "cpu")
+
+
+def test_an_encoder_the_family_has_not(tiny_checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(TriptychError, match="qwen2_5_vl has no audio encoder"):
+        family_of(tiny_checkpoint("qwen2_5_vl")).load_encoder("audio", "cpu", torch.float32)
+
+
+def test_load_part_reports_what_dies_inside(tiny_checkpoint: Callable[[str], Path]) -> None:
+    def drop(model: Any) -> list[str]:
+        return ["model.no_such_module"]
+
+    with pytest.raises(TriptychError, match=r"the toy part of .* cannot be loaded: AttributeError"):
+        load_part(
+            model_class("Qwen2_5_VLForConditionalGeneration"),
+            tiny_checkpoint("qwen2_5_vl"),
+            drop,
+            part="toy part",
+            device="cpu",
+            dtype=torch.float32,
+        )
