@@ -1,0 +1,142 @@
+"""The media of one request: fetched, decoded and hashed at the same time, each distinct one once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, replace
+from typing import TypeVar
+
+import numpy as np
+
+from ..contract.errors import ErrorKind, TriptychError
+from ..contract.request import MediaPart
+from ..contract.settings import Settings
+from ..families.base import Preprocessor
+from ..media.audio import NotForSoundfileError, read_with_soundfile, to_audio
+from ..media.digest import digest
+from ..media.fetch import Fetcher
+from ..media.image import decode_image
+from ..media.limits import too_large, unreadable
+from ..media.pool import DecodePool, audio_job, decode, video_job
+from ..media.types import Audio, Image, Medium, Video
+from ..media.video import VideoInfo, frame_indices
+from ..stage import Telemetry
+
+_T = TypeVar("_T")
+
+
+class MediaLoader:
+    """Turns the media parts of requests into decoded media. Lives on one asyncio loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        preprocessor: Preprocessor,
+        telemetry: Telemetry,
+        fetcher: Fetcher,
+        pool: DecodePool,
+        threads: Executor,
+    ) -> None:
+        """Args: limits; what the checkpoint takes; telemetry; the guarded fetcher; where videos are decoded; threads
+        for everything else that takes time.
+        """
+        self._settings = settings
+        self._preprocessor = preprocessor
+        self._telemetry = telemetry
+        self._fetcher = fetcher
+        self._pool = pool
+        self._threads = threads
+
+    async def load(
+        self, parts: Sequence[tuple[str, MediaPart]], blobs: Sequence[bytes], pending: set[str]
+    ) -> list[Medium]:
+        """Decode the media of a request.
+
+        Args:
+            parts: (field name, part) in prompt order.
+            blobs: the request's raw media.
+            pending: filled with the field names of media that are not decoded yet.
+
+        Raises:
+            TriptychError: of the first medium that fails, naming its field; the others are given up.
+        """
+        tasks: dict[tuple[str, int | str | None], asyncio.Task[Medium]] = {}
+        for where, part in parts:
+            key = (part.modality, part.url if part.blob is None else part.blob)
+            if key not in tasks:
+                blob = None if part.blob is None else blobs[part.blob]
+                pending.add(where)
+                tasks[key] = asyncio.ensure_future(self._load(where, part, blob, pending))
+        try:
+            await asyncio.gather(*tasks.values())
+        finally:
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+        return [
+            replace(tasks[part.modality, part.url if part.blob is None else part.blob].result(), param=where)
+            for where, part in parts
+        ]
+
+    async def _load(self, where: str, part: MediaPart, blob: bytes | None, pending: set[str]) -> Medium:
+        start = time.monotonic()
+        try:
+            if blob is None:
+                blob = await self._fetcher.fetch(part.url or "", self._settings.mm_per_request_timeout)
+            if not blob:
+                raise unreadable(f"the {part.modality} has 0 bytes")
+            if len(blob) > self._settings.max_media_bytes:
+                raise too_large(
+                    f"the {part.modality} has {len(blob)} bytes; at most {self._settings.max_media_bytes} are allowed"
+                )
+            data: Image | Video | Audio
+            if part.modality == "image":
+                data = await self._in_thread(lambda: decode_image(blob, self._settings.max_image_pixels))
+            elif part.modality == "video":
+                data = await self._video(blob)
+            else:
+                data = await self._audio(blob)
+            content = await self._in_thread(lambda: digest(data))
+        except TriptychError as error:
+            if error.param is None:
+                error = replace(error, message=f"{where}: {error.message}", param=where)
+            raise error from None
+        except MemoryError:
+            raise TriptychError(
+                ErrorKind.TOO_LARGE, f"{where}: decoding it needs more memory than there is", where
+            ) from None
+        self._telemetry.add("triptych_media_items_total", 1, modality=part.modality)
+        self._telemetry.add("triptych_media_bytes_total", len(blob), modality=part.modality)
+        self._telemetry.observe("triptych_media_decode_seconds", time.monotonic() - start, modality=part.modality)
+        pending.discard(where)
+        return Medium(part.modality, data, content, where)
+
+    async def _video(self, blob: bytes) -> Video:
+        sampling, limit = self._preprocessor.frame_sampling, self._settings.max_video_frames
+        job = video_job(asdict(sampling), self._settings.max_image_pixels, limit)
+        decoded = await decode(self._pool, job, blob)
+        info = VideoInfo(**decoded.about)
+        indices = frame_indices(info, sampling, limit)
+        return Video(
+            frames=decoded.array(np.uint8),
+            sampled_fps=len(indices) / info.duration_s,
+            duration_s=info.duration_s,
+            source_fps=info.source_fps,
+            indices=tuple(indices),
+            total_frames=info.total_frames,
+        )
+
+    async def _audio(self, blob: bytes) -> Audio:
+        limit = self._settings.max_audio_s
+        try:
+            samples, rate = await self._in_thread(lambda: read_with_soundfile(blob, limit))
+        except NotForSoundfileError:
+            decoded = await decode(self._pool, audio_job(limit), blob)
+            samples, rate = decoded.array(np.float32), int(decoded.about["rate"])
+        return await self._in_thread(lambda: to_audio(samples, rate, self._preprocessor.sampling_rate))
+
+    def _in_thread(self, work: Callable[[], _T]) -> Awaitable[_T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, work)
