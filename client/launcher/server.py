@@ -31,6 +31,8 @@ GRACE_S = 8.0
 EXIT_TIMEOUT_S = 3
 CUDA_POOL_BYTES = 512 * 2**20
 _POLL_S = 0.05
+# a proxy of the environment would be in the way of a local connection
+_LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class TritonServer:
@@ -228,7 +230,7 @@ class TritonServer:
     def _wait_live(self, deadline: float) -> None:
         while True:
             try:
-                with urllib.request.urlopen(f"{self.http_url}/v2/health/live", timeout=2):
+                with _LOCAL.open(f"{self.http_url}/v2/health/live", timeout=2):
                     return
             except (urllib.error.URLError, OSError):
                 self._check_running()
@@ -287,7 +289,7 @@ class TritonServer:
     def _post(self, path: str, timeout_s: float | None) -> None:
         request = urllib.request.Request(f"{self.http_url}{path}", data=b"{}", method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            with _LOCAL.open(request, timeout=timeout_s) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:
             raise _load_error(error.read().decode(errors="replace")) from None

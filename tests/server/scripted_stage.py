@@ -61,7 +61,7 @@ class Scripted(Stage):
 
 
 class Preprocess(Scripted):
-    """{"preprocess": {"fail": bool, "wrong": bool, "two": bool}}; features go to the encoders named in the script."""
+    """{"preprocess": {"fail": bool, "wrong": str, "two": bool}}; features go to the encoders named in the script."""
 
     def work(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
         script = json.loads(inputs["request"][0])
@@ -71,11 +71,14 @@ class Preprocess(Scripted):
         # what arrived, for the test to compare: lengths and bytes of every blob
         script["media"] = [blob.hex() for blob in inputs.get("media", [])]
         plan = json.dumps(script)
+        wrong = mine.get("wrong")
         tensors: dict[str, Any] = {
-            "input_ids": np.arange(4, dtype=np.int64 if mine.get("wrong") else np.int32),
-            "position_ids": np.zeros((3, 4), dtype=np.int32),
-            "plan": [plan],
+            "input_ids": np.arange(4, dtype=np.int64 if wrong == "dtype" else np.int32),
+            "position_ids": np.zeros(4 if wrong == "shape" else (3, 4), dtype=np.int32),
+            "plan": plan if wrong == "string" else [plan],
         }
+        if wrong == "name":
+            tensors["colour"] = ["red"]
         for encoder in ("vision", "audio"):
             if encoder in script:
                 tensors[f"{encoder}_features"] = np.frombuffer(plan.encode(), dtype=np.uint8)
@@ -88,6 +91,13 @@ class Encoder(Scripted):
     """{"vision": {"sleep": seconds, "rows": n, "width": n}}: embeddings of a known pattern."""
 
     key = ""
+    modality = ""
+
+    def submit(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
+        features = inputs.get(f"{self.key}_features")
+        if features is not None and json.loads(features.tobytes())[self.key].get("raise"):
+            raise ZeroDivisionError("as told")
+        super().submit(request_id, inputs, responder)
 
     def work(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
         features = inputs.get(f"{self.key}_features")
@@ -95,6 +105,7 @@ class Encoder(Scripted):
             responder.send({}, final=True)
             return
         mine = json.loads(features.tobytes())[self.key]
+        self.telemetry.add("triptych_media_items_total", 1, modality=self.modality)
         self.wait(request_id, mine.get("sleep", 0))
         rows = pattern(mine["rows"], mine["width"])
         responder.send({f"{self.key}_embeddings": rows}, final=True)
@@ -102,10 +113,12 @@ class Encoder(Scripted):
 
 class VisionEncoder(Encoder):
     key = "vision"
+    modality = "image"
 
 
 class AudioEncoder(Encoder):
     key = "audio"
+    modality = "audio"
 
 
 class LanguageModel(Scripted):
@@ -120,6 +133,8 @@ class LanguageModel(Scripted):
         mine = script.get("language_model", {})
         self.telemetry.add("triptych_requests_running", 1)
         try:
+            if mine.get("misspell"):
+                self.telemetry.add("triptych_misspelt", 1)
             if threads := mine.get("threads"):
                 self._count(threads)
             count = mine.get("count", 1)
@@ -152,6 +167,7 @@ class LanguageModel(Scripted):
 
     def _report(self, inputs: Mapping[str, Any], script: Mapping[str, Any]) -> dict[str, Any]:
         report: dict[str, Any] = {"inputs": sorted(inputs), "media": script["media"], "renewed": self.renewed}
+        report["model"] = self.settings.model
         for key in ("vision", "audio"):
             rows = inputs.get(f"{key}_embeddings")
             if rows is not None:
