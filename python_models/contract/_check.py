@@ -30,10 +30,13 @@ def known_keys(value: Mapping[str, Any], allowed: Iterable[str], param: str) -> 
 
 def number(value: Any, param: str, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number within [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise invalid(f"{param} must be a number, not {json_type(value)}", param)
+    # An integer may be too large for a float, which isfinite() and the "g" format cannot take.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise invalid(f"{param} must be a finite number, got {value}", param)
     if not low <= value <= high:
-        raise invalid(f"{param} must be {_range(low, high)}, got {value:g}", param)
+        raise invalid(f"{param} must be {_range(low, high)}, got {_plain(value)}", param)
     return float(value)
 
 
@@ -77,7 +80,11 @@ def json_type(value: Any) -> str:
 
 def _range(low: float, high: float) -> str:
     if math.isinf(high):
-        return f"at least {low:g}"
+        return f"at least {_plain(low)}"
     if math.isinf(low):
-        return f"at most {high:g}"
-    return f"between {low:g} and {high:g}"
+        return f"at most {_plain(high)}"
+    return f"between {_plain(low)} and {_plain(high)}"
+
+
+def _plain(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
