@@ -44,8 +44,12 @@ class EncoderStage(Stage):
     encoder_name: ClassVar[str]
     """ "vision" or "audio"."""
 
-    def __init__(self, settings: Settings, telemetry: Telemetry, device: str) -> None:
+    def __init__(self, settings: Settings, telemetry: Telemetry, device: str, encoder: Encoder | None = None) -> None:
         """Load the encoder's weights alone.
+
+        Args:
+            settings, telemetry, device: see :class:`~triptych.python_models.stage.Stage`.
+            encoder: instead of the one of ``settings.model``.
 
         Raises:
             TriptychError: what :func:`~triptych.python_models.families.registry.load_family` and the family say.
@@ -55,11 +59,7 @@ class EncoderStage(Stage):
             torch.set_num_threads(settings.torch_threads)
         self.name = f"{self.encoder_name}_encoder"
         self._input, self._output = f"{self.encoder_name}_features", f"{self.encoder_name}_embeddings"
-        family = load_family(settings)
-        self._encoder: Encoder | None = None
-        if self.encoder_name in family.encoders:
-            dtype = stage_dtype(find_checkpoint(settings), settings, device)
-            self._encoder = family.load_encoder(self.encoder_name, device, dtype)
+        self._encoder = encoder or self._load()
         self._cache = EmbeddingCache(settings.mm_cache_size_mb * 2**20)
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
@@ -67,6 +67,14 @@ class EncoderStage(Stage):
         self._closing = False
         self._worker = threading.Thread(target=self._work, name=self.name, daemon=True)
         self._worker.start()
+
+    def _load(self) -> Encoder | None:
+        """The checkpoint's encoder, or None where it has none."""
+        family = load_family(self.settings)
+        if self.encoder_name not in family.encoders:
+            return None
+        dtype = stage_dtype(find_checkpoint(self.settings), self.settings, self.device)
+        return family.load_encoder(self.encoder_name, self.device, dtype)
 
     def submit(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
         """See :meth:`Stage.submit`. Without features the answer has no tensors and is sent at once."""
