@@ -1,0 +1,121 @@
+"""Deltas as OpenAI chunks and completions, errors as OpenAI error objects. No server."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from triptych.client.openai_api.admission import Admission
+from triptych.client.openai_api.errors import body_of, in_openai_words
+from triptych.client.openai_api.sse import Completion, error_event
+from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
+from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
+
+LOGPROB = TokenLogprob(5, "ä", -0.5, (195, 164), ((5, "ä", -0.5, (195, 164)), (6, "b", -1.0, None)))
+
+
+def completion(include_usage: bool = False) -> Completion:
+    return Completion("chatcmpl-1", 17, "m", "fp_1", include_usage)
+
+
+def events(data: bytes) -> list[dict[str, Any]]:
+    assert data.endswith(b"\n\n") or not data
+    return [json.loads(piece.removeprefix(b"data: ")) for piece in data.split(b"\n\n")[:-1]]
+
+
+def test_first_chunk_names_the_role() -> None:
+    [chunk] = events(completion().first_chunk())
+    assert chunk["object"] == "chat.completion.chunk"
+    assert chunk["choices"] == [
+        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+    ]
+    assert "usage" not in chunk
+
+
+def test_a_heartbeat_makes_no_chunk() -> None:
+    assert completion().chunks(Delta(usage=Usage(3))) == b""
+
+
+def test_last_delta_gives_text_finish_and_usage_apart() -> None:
+    last = Delta("end", (1, 2), (), "stop", "</s>", Usage(7, 3, 2, 1, 0, 4))
+    text, finish, total = events(completion(True).chunks(last))
+    assert text["choices"][0]["delta"] == {"content": "end"}
+    assert text["choices"][0]["finish_reason"] is None
+    assert text["usage"] is None
+    assert finish["choices"][0] == {
+        "index": 0,
+        "delta": {},
+        "logprobs": None,
+        "finish_reason": "stop",
+        "matched_stop": "</s>",
+    }
+    assert total["choices"] == []
+    assert total["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 2,
+        "total_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 3, "audio_tokens": 4, "image_tokens": 1, "video_tokens": 0},
+    }
+    assert {(chunk["id"], chunk["created"], chunk["system_fingerprint"]) for chunk in (text, finish, total)} == {
+        ("chatcmpl-1", 17, "fp_1")
+    }
+
+
+def test_logprobs_have_openais_shape() -> None:
+    [chunk] = events(completion().chunks(Delta("ä", (5,), (LOGPROB,))))
+    assert chunk["choices"][0]["logprobs"] == {
+        "content": [
+            {
+                "token": "ä",
+                "logprob": -0.5,
+                "bytes": [195, 164],
+                "top_logprobs": [
+                    {"token": "ä", "logprob": -0.5, "bytes": [195, 164]},
+                    {"token": "b", "logprob": -1.0, "bytes": None},
+                ],
+            }
+        ],
+        "refusal": None,
+    }
+
+
+def test_whole_completion() -> None:
+    whole = completion().whole([Delta(usage=Usage(3)), Delta("a", (1,)), Delta("b", (2,), (), "length", None, Usage(3, 0, 2))])
+    assert whole["object"] == "chat.completion"
+    [choice] = whole["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "ab", "refusal": None}
+    assert (choice["finish_reason"], choice["matched_stop"], choice["logprobs"]) == ("length", None, None)
+    assert whole["usage"]["total_tokens"] == 5
+
+
+def test_errors_speak_openai() -> None:
+    error = invalid("sampling.max_tokens is 9 but at most 5 fit", "sampling.max_tokens")
+    found = body_of(in_openai_words(error, "max_completion_tokens"))["error"]
+    assert found == {
+        "message": "max_completion_tokens is 9 but at most 5 fit",
+        "type": "invalid_request_error",
+        "param": "max_completion_tokens",
+        "code": "invalid_request",
+    }
+    dead = TriptychError(ErrorKind.STAGE_DEAD, "gone")
+    [event] = events(error_event(dead))
+    assert event["error"]["type"] == "server_error"
+    assert event["error"]["code"] == "stage_dead"
+
+
+def test_admission_counts_requests_and_bytes() -> None:
+    admission = Admission(max_requests=2, max_bytes=10)
+    first, second = admission.enter(), admission.enter()
+    with pytest.raises(TriptychError, match="2 requests") as caught:
+        admission.enter()
+    assert caught.value.kind is ErrorKind.OVERLOADED
+    first.grow(8)
+    with pytest.raises(TriptychError, match="limit"):
+        second.grow(3)
+    first.release_bytes()
+    second.grow(3)
+    for _ in range(2):
+        first.release()
+        second.release()
+    assert (admission.requests, admission.bytes) == (0, 0)

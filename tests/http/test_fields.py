@@ -1,0 +1,201 @@
+"""Request bodies: what they become, and how a wrong one is refused. No server."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from triptych.client.openai_api.fields import ChatCall, parse
+from triptych.python_models.contract.errors import TriptychError
+from triptych.python_models.contract.request import MediaPart, TextPart
+
+BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def body(**change: Any) -> bytes:
+    return json.dumps(BODY | change).encode()
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def image(url: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def call(**change: Any) -> ChatCall:
+    return parse(body(**change), "m", 10.0)
+
+
+def test_sampling_fields_arrive() -> None:
+    found = call(
+        max_tokens=5,
+        temperature=0,
+        top_p=0.5,
+        top_k=3,
+        min_p=0.1,
+        seed=7,
+        stop="x",
+        stop_token_ids=[4],
+        logprobs=True,
+        top_logprobs=2,
+        logit_bias={"9": -5},
+        presence_penalty=1,
+        frequency_penalty=-1,
+        repetition_penalty=1.1,
+        min_tokens=1,
+        ignore_eos=True,
+        skip_special_tokens=False,
+    ).request.sampling
+    assert (found.max_tokens, found.temperature, found.top_p, found.top_k, found.min_p) == (5, 0, 0.5, 3, 0.1)
+    assert (found.seed, found.stop, found.stop_token_ids, found.logit_bias) == (7, ("x",), (4,), {9: -5.0})
+    assert (found.logprobs, found.top_logprobs, found.min_tokens, found.ignore_eos) == (True, 2, 1, True)
+    assert (found.presence_penalty, found.frequency_penalty, found.repetition_penalty) == (1, -1, 1.1)
+    assert not found.skip_special_tokens
+
+
+def test_defaults_are_those_of_openai() -> None:
+    found = call()
+    assert found.request.sampling.temperature == 1
+    assert found.request.sampling.max_tokens is None
+    assert not found.request.stream
+    assert found.request.lease_s == 10
+    assert found.request.messages[0].plain
+
+
+def test_the_newer_token_limit_wins() -> None:
+    found = call(max_tokens=5, max_completion_tokens=6)
+    assert found.request.sampling.max_tokens == 6
+    assert found.token_limit == "max_completion_tokens"
+
+
+def test_media_become_blobs_in_order() -> None:
+    encoded = base64.b64encode(b"three").decode()
+    found = call(
+        messages=[
+            {"role": "user", "content": [image("data:image/png;base64,b25l"), {"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": "b", "refusal": None, "tool_calls": None},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "video_url", "video_url": {"url": "HTTPS://example.com/v.mp4"}},
+                    {"type": "audio_url", "audio_url": {"url": "data:audio/x-any,tw%6F"}},
+                    {"type": "input_audio", "input_audio": {"data": encoded, "format": "mp3"}},
+                    image("data:;base64,Zm91\nci4%3d"),
+                ],
+            },
+        ]
+    )
+    assert found.media == (b"one", b"two", b"three", b"four.")
+    assert [part for _, part in found.request.media()] == [
+        MediaPart("image", blob=0),
+        MediaPart("video", url="HTTPS://example.com/v.mp4"),
+        MediaPart("audio", blob=1),
+        MediaPart("audio", blob=2),
+        MediaPart("image", blob=3),
+    ]
+    assert found.request.messages[0].parts[1] == TextPart("a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 1, "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "tools": []},
+        {"tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True, "seed": None},
+        {"modalities": ["text"], "reasoning_effort": None, "stop": None, "temperature": None, "max_tokens": None},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"stream": True, "stream_options": None},
+        {"messages": [{"role": "developer", "content": "x", "name": "n"}]},
+        {"messages": user(image("data:image/png;base64,b25l", detail="high"))},
+        {"model": "default"},
+    ],
+)
+def test_fields_that_ask_for_nothing_more_are_accepted(change: dict[str, Any]) -> None:
+    call(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "status", "words"),
+    [
+        ({"model": None}, "model", 400, "missing"),
+        ({"model": 3}, "model", 400, "string"),
+        ({"model": "other"}, "model", 404, "'m'"),
+        ({"messages": None}, "messages", 400, "list"),
+        ({"messages": []}, "messages", 400, "at least one"),
+        ({"messages": ["x"]}, "messages[0]", 400, "object"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", 400, "system, developer, user"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", 400, "string or a list"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", 400, "at least one"),
+        ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour", 400, "unknown"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", 400, "surrogate"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages[0].tool_calls",
+            400,
+            "not supported",
+        ),
+        ({"messages": user({"type": "smell"})}, "messages[0].content[0].type", 400, "input_audio"),
+        ({"messages": user({"type": "text", "text": 3})}, "messages[0].content[0].text", 400, "string"),
+        ({"messages": user({"type": "image_url", "image_url": "http://a/b"})}, "messages[0].content[0].image_url", 400, "object"),
+        ({"messages": user(image("data:image/png;base64,@@@"))}, "messages[0].content[0].image_url.url", 400, "base64"),
+        ({"messages": user(image("data:image/png;base64,abc"))}, "messages[0].content[0].image_url.url", 400, "base64"),
+        ({"messages": user(image("data:image/png;base64"))}, "messages[0].content[0].image_url.url", 400, "comma"),
+        ({"messages": user(image("data:image/png;base64,"))}, "messages[0].content[0].image_url.url", 400, "empty"),
+        ({"messages": user(image("file:///etc/passwd"))}, "messages[0].content[0].image_url.url", 400, "'file'"),
+        ({"messages": user(image("/etc/passwd"))}, "messages[0].content[0].image_url.url", 400, "no files by path"),
+        ({"messages": user(image(None))}, "messages[0].content[0].image_url.url", 400, "string"),
+        ({"messages": user(image("data:,x", detail="huge"))}, "messages[0].content[0].image_url.detail", 400, "auto"),
+        (
+            {"messages": user({"type": "input_audio", "input_audio": {"data": "b25l", "format": "aac"}})},
+            "messages[0].content[0].input_audio.format",
+            400,
+            "wav, mp3, flac, ogg",
+        ),
+        (
+            {"messages": user({"type": "input_audio", "input_audio": {"data": "%", "format": "wav"}})},
+            "messages[0].content[0].input_audio.data",
+            400,
+            "base64",
+        ),
+        ({"temperature": 3}, "temperature", 400, "between 0 and 2"),
+        ({"temperature": "hot"}, "temperature", 400, "number"),
+        ({"temperature": 10**400}, "temperature", 400, "between 0 and 2"),
+        ({"top_p": 0}, "top_p", 400, "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", 400, "between 1 and 2147483647"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", 400, "between 1"),
+        ({"seed": 2**64}, "seed", 400, "between"),
+        ({"stop": ["a"] * 17}, "stop", 400, "16"),
+        ({"stop": "\udfff"}, "stop", 400, "surrogate"),
+        ({"top_logprobs": 2}, "top_logprobs", 400, "logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", 400, "20"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", 400, "100"),
+        ({"stream": "yes"}, "stream", 400, "true or false"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", 400, "stream: true"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", 400, "unknown"),
+        ({"n": 2}, "n", 400, "beyond 1"),
+        ({"n": True}, "n", 400, "beyond 1"),
+        ({"tools": [{"type": "function"}]}, "tools", 400, "not supported"),
+        ({"tool_choice": "required"}, "tool_choice", 400, "none"),
+        ({"response_format": {"type": "json_object"}}, "response_format", 400, "text"),
+        ({"store": True}, "store", 400, "false"),
+        ({"audio": {"voice": "x"}}, "audio", 400, "null"),
+        ({"temprature": 1}, "temprature", 400, "did you mean 'temperature'"),
+        ({"zzz": 1}, "zzz", 400, "unknown field"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(change: dict[str, Any], param: str, status: int, words: str) -> None:
+    with pytest.raises(TriptychError) as caught:
+        call(**change)
+    assert caught.value.param == param
+    assert caught.value.kind.status == status
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"null", b'"text"', b"42", b"\xff\xfe\x00", b"[" * 100_000, b"1" * 9999])
+def test_a_body_that_is_no_object_is_refused(raw: bytes) -> None:
+    with pytest.raises(TriptychError, match="JSON") as caught:
+        parse(raw, "m", 10.0)
+    assert caught.value.kind.status == 400
