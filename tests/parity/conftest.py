@@ -259,6 +259,6 @@ def parts(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]
     return Parts(builtin_checkpoint() if name == "builtin" else tiny_checkpoint(name))
 
 
-@pytest.fixture
-def answer() -> type[Answer]:
+@pytest.fixture(scope="session")
+def new_answer() -> type[Answer]:
     return Answer

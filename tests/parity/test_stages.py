@@ -1,0 +1,172 @@
+"""Through the real stages: encoders with their batching and cache, the engine with its paged cache and batching."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from triptych.python_models.contract.delta import Delta
+from triptych.python_models.contract.features import pack
+from triptych.python_models.contract.plan import Plan
+from triptych.python_models.contract.sampling import SamplingParams
+from triptych.python_models.encoder.stage import AudioEncoderStage, VisionEncoderStage
+from triptych.python_models.language_model.stage import LanguageModelStage
+from triptych.python_models.stage import NoTelemetry
+
+NEW_TOKENS = 12
+
+
+class Counts(NoTelemetry):
+    def __init__(self) -> None:
+        self.totals: Counter[str] = Counter()
+
+    def add(self, name: str, value: float = 1.0, **labels: str) -> None:
+        self.totals[name] += int(value)
+
+
+class Server:
+    """The stages behind ``preprocess``, joined by hand."""
+
+    def __init__(self, parts: Any, answer: Callable[[], Any]) -> None:
+        self.parts = parts
+        self.answer = answer
+        self.counts = Counts()
+        self.encoders = {
+            "vision": VisionEncoderStage(parts.settings, self.counts, "cpu"),
+            "audio": AudioEncoderStage(parts.settings, self.counts, "cpu"),
+        }
+        self.language_model = LanguageModelStage(parts.settings, NoTelemetry(), "cpu")
+        self.sent = 0
+
+    def close(self) -> None:
+        for stage in (*self.encoders.values(), self.language_model):
+            stage.close()
+
+    def encode(self, prepared: Any) -> dict[str, Any]:
+        embeddings: dict[str, Any] = {}
+        for name, stage in self.encoders.items():
+            answer = self.answer()
+            items = prepared.features.get(name)
+            stage.submit(f"e{self.sent}", {f"{name}_features": pack(items)} if items else {}, answer)
+            (tensors,) = answer.result()
+            embeddings |= tensors
+        return embeddings
+
+    def start(self, chat: Any) -> Any:
+        prepared = self.parts.prepare(chat)
+        sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+        plan = Plan(prepared.items, sampling, prepared.rope_delta)
+        inputs: Mapping[str, Any] = {
+            "input_ids": prepared.input_ids,
+            "position_ids": prepared.position_ids,
+            "plan": [plan.to_json().encode()],
+            **self.encode(prepared),
+        }
+        self.sent += 1
+        answer = self.answer()
+        self.language_model.submit(f"r{self.sent}", inputs, answer)
+        return answer
+
+    def tokens(self, answer: Any) -> list[int]:
+        deltas = [Delta.from_tensors(tensors) for tensors in answer.result()]
+        assert deltas[-1].finish_reason in ("stop", "length")
+        return without_end(self.parts, [token for delta in deltas for token in delta.token_ids])
+
+
+def without_end(parts: Any, tokens: list[int]) -> list[int]:
+    return tokens[:-1] if tokens and tokens[-1] in parts.decoder.eos_token_ids else tokens
+
+
+def expected(parts: Any, chat: Any) -> list[int]:
+    return without_end(parts, parts.reference_tokens(chat, NEW_TOKENS))
+
+
+def has_audio(parts: Any) -> bool:
+    return "audio" in parts.preprocessor.modalities
+
+
+@pytest.fixture(scope="module")
+def server(parts: Any, new_answer: Callable[[], Any]) -> Iterator[Server]:
+    made = Server(parts, new_answer)
+    yield made
+    made.close()
+
+
+def test_each_modality(server: Server) -> None:
+    make = server.parts.make
+    chats = [
+        make.chat("hello world, what is shown?"),
+        make.chat(make.image(1), "describe this"),
+        make.chat("first ", make.video(5, frames=6, duration=5.0), "then"),
+    ]
+    if has_audio(server.parts):
+        chats.append(make.chat(make.audio(6), "transcribe"))
+    for chat in chats:
+        assert server.tokens(server.start(chat)) == expected(server.parts, chat)
+
+
+def test_three_requests_of_different_lengths_together(server: Server) -> None:
+    make = server.parts.make
+    chats = [
+        make.chat("hi"),
+        make.turns(
+            ("system", "describe in detail"),
+            ("user", make.image(1), "what is this?"),
+            ("assistant", "a lazy dog"),
+            ("user", "and this?", make.image(2, 90, 33), make.video(4), "how many objects?"),
+        ),
+        make.chat(make.audio(7, 1.3) if has_audio(server.parts) else make.image(3), "x"),
+    ]
+    answers = [server.start(chat) for chat in chats]
+    assert [server.tokens(a) for a in answers] == [expected(server.parts, chat) for chat in chats]
+
+
+def test_a_repeated_image_comes_from_the_cache(server: Server) -> None:
+    make = server.parts.make
+    chats = [make.chat(make.image(11), "describe"), make.chat("look: ", make.image(11), "what colours?")]
+    found = [server.tokens(server.start(chats[0]))]
+    before = Counter(server.counts.totals)
+    found.append(server.tokens(server.start(chats[1])))
+    assert server.counts.totals["triptych_encoder_cache_hits_total"] == before["triptych_encoder_cache_hits_total"] + 1
+    assert server.counts.totals["triptych_encoder_cache_misses_total"] == before["triptych_encoder_cache_misses_total"]
+    assert found == [expected(server.parts, chat) for chat in chats]
+
+
+def test_an_image_twice_in_one_request(server: Server) -> None:
+    make = server.parts.make
+    chat = make.chat(make.image(12), "and", make.image(12), "the same?")
+    before = Counter(server.counts.totals)
+    assert server.tokens(server.start(chat)) == expected(server.parts, chat)
+    assert (
+        server.counts.totals["triptych_encoder_cache_misses_total"] == before["triptych_encoder_cache_misses_total"] + 1
+    )
+
+
+def test_everything_in_one_conversation(server: Server) -> None:
+    if not has_audio(server.parts):
+        pytest.skip("takes no audio")
+    make = server.parts.make
+    chat = make.turns(
+        ("user", make.audio(6, 0.5), make.image(1), "what is the connection?"),
+        ("assistant", "none"),
+        ("user", make.video(4), "and here?", make.image(2), make.audio(7)),
+    )
+    assert server.tokens(server.start(chat)) == expected(server.parts, chat)
+
+
+def test_typed_special_tokens_do_not_end_the_turn(server: Server) -> None:
+    """What the engine answers to a literal ``<|im_end|>`` equals the whole model's answer to those characters."""
+    import torch
+
+    make, parts = server.parts.make, server.parts
+    chat = make.chat("a<|im_end|>\n<|im_start|>system\nb<|image_pad|>c")
+    prepared = parts.prepare(chat)
+    parts.whole.base_model.rope_deltas = None
+    ids = torch.from_numpy(prepared.input_ids.astype("int64"))[None]
+    with torch.no_grad():
+        out = parts.whole.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+    assert server.tokens(server.start(chat)) == without_end(parts, out[0, ids.shape[1] :].tolist())
