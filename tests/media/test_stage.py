@@ -1,0 +1,600 @@
+"""The preprocess stage with a small preprocessor of its own: requests, limits, errors, deadlines, cancelling."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image as PILImage
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.contract.features import EncoderItem, unpack
+from triptych.python_models.contract.metrics import METRICS
+from triptych.python_models.contract.plan import MediaItem, Plan
+from triptych.python_models.contract.request import MediaPart, Message, TextPart
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.contract.tensors import PREPROCESS
+from triptych.python_models.families.base import FrameSampling, Prepared
+from triptych.python_models.media.types import Audio, Image, Medium, Video
+from triptych.python_models.preprocess.stage import PreprocessStage
+
+Make = Callable[..., bytes]
+SECONDS = 30.0
+
+
+class Letters:
+    """A preprocessor: a token per character, four per medium."""
+
+    frame_sampling = FrameSampling(fps=2)
+    sampling_rate = 16000
+    context_length = 1000
+
+    def __init__(self, modalities: Sequence[str] = ("image", "video", "audio")) -> None:
+        self.modalities = frozenset(modalities)
+        self.seen: list[list[Medium]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.inside = 0
+        self.most_inside = 0
+        self.lock = threading.Lock()
+
+    def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
+        if media:
+            with self.lock:
+                self.inside += 1
+                self.most_inside = max(self.most_inside, self.inside)
+            assert self.gate.wait(SECONDS)
+            with self.lock:
+                self.inside -= 1
+                self.seen.append(list(media))
+        ids: list[int] = []
+        items: list[MediaItem] = []
+        features: dict[str, list[EncoderItem]] = {"vision": [], "audio": []}
+        rest = iter(media)
+        for message in messages:
+            for part in message.parts:
+                if isinstance(part, TextPart):
+                    if part.text == "explode":
+                        raise RuntimeError("secret detail in /home/somebody")
+                    ids += [ord(c) for c in part.text]
+                    continue
+                assert isinstance(part, MediaPart)
+                medium = next(rest)
+                assert medium.modality == part.modality
+                encoder = "audio" if part.modality == "audio" else "vision"
+                items.append(MediaItem(medium.modality, medium.digest, ((len(ids), len(ids) + 4),), encoder))
+                value = {"x": np.full(3, len(ids), np.float32)}
+                features[encoder].append(EncoderItem(medium.modality, medium.digest, 4, value))
+                ids += [0] * 4
+        length = len(ids)
+        return Prepared(np.array(ids, np.int32), np.arange(length, dtype=np.int32)[None], 7, tuple(items), features)
+
+
+class Recorder:
+    """A Telemetry that checks names and labels against the contract."""
+
+    def __init__(self) -> None:
+        self.totals: Counter[tuple[str, ...]] = Counter()
+        self.lock = threading.Lock()
+
+    def add(self, name: str, value: float = 1.0, **labels: str) -> None:
+        self._count(("counter", "gauge"), name, labels, value)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        self._count(("gauge",), name, labels, 1)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        assert value >= 0
+        self._count(("histogram",), name, labels, 1)
+
+    def _count(self, kinds: tuple[str, ...], name: str, labels: Mapping[str, str], value: float) -> None:
+        spec = METRICS[name]
+        assert spec.kind in kinds
+        assert set(labels) == set(spec.labels)
+        with self.lock:
+            self.totals[(name, *labels.values())] += value  # type: ignore[assignment]
+
+
+class Answer:
+    """A Responder that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.tensors: Mapping[str, Any] | None = None
+        self.problem: TriptychError | None = None
+        self.count = 0
+
+    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
+        assert final
+        self.count += 1
+        self.tensors = tensors
+        self.done.set()
+
+    def fail(self, error: TriptychError) -> None:
+        self.count += 1
+        self.problem = error
+        self.done.set()
+
+    @property
+    def ok(self) -> Mapping[str, Any]:
+        assert self.done.wait(SECONDS), "no answer"
+        assert self.problem is None, self.problem
+        assert self.tensors is not None
+        return self.tensors
+
+    @property
+    def error(self) -> TriptychError:
+        assert self.done.wait(SECONDS), "no answer"
+        assert self.problem is not None, "no error"
+        # what reaches a caller survives the wire and gives away no path
+        assert TriptychError.from_wire(self.problem.to_wire()) == self.problem
+        assert "/home" not in self.problem.message
+        return self.problem
+
+
+class Running:
+    """A stage with its preprocessor and telemetry."""
+
+    def __init__(self, modalities: Sequence[str], options: dict[str, Any]) -> None:
+        self.letters = Letters(modalities)
+        self.telemetry = Recorder()
+        settings = Settings(allowed_media_hosts=("127.0.0.1",), **options)
+        before = set(psutil.Process().children())
+        self.stage = PreprocessStage(settings, self.telemetry, "cpu", self.letters)
+        self.workers = set(psutil.Process().children()) - before
+
+    def start(self, content: Any, *blobs: bytes, request_id: str = "", **more: Any) -> Answer:
+        request = {"messages": [{"role": "user", "content": content}], **more}
+        answer = Answer()
+        inputs: dict[str, Any] = {"request": [json.dumps(request).encode()]}
+        if blobs:
+            inputs["media"] = list(blobs)
+        self.stage.submit(request_id, inputs, answer)
+        return answer
+
+    def check_healthy(self) -> None:
+        """Text and a picture still work."""
+        assert self.start("hello").ok["input_ids"].tolist() == [ord(c) for c in "hello"]
+        if "image" in self.letters.modalities:
+            assert "vision_features" in self.start([blob("image")], png()).ok
+
+    def counted(self, *key: str) -> float:
+        return self.telemetry.totals[key]
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Running]]:
+    made: list[Running] = []
+    before = set(psutil.Process().children())
+
+    def start(modalities: Sequence[str] = ("image",), **options: Any) -> Running:
+        made.append(Running(modalities, options))
+        return made[-1]
+
+    yield start
+    for running in made:
+        running.letters.gate.set()
+        running.stage.close()
+    assert set(psutil.Process().children()) <= before
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Running]:
+    """One stage for tests that leave it as it was."""
+    running = Running(("image", "video", "audio"), {"max_media_bytes": 200_000, "max_media_items": 4})
+    yield running
+    running.check_healthy()
+    running.stage.close()
+
+
+def png(size: tuple[int, int] = (8, 6), colour: tuple[int, int, int] = (1, 2, 3), **options: Any) -> bytes:
+    out = io.BytesIO()
+    PILImage.new("RGB", size, colour).save(out, "PNG", **options)
+    return out.getvalue()
+
+
+def blob(modality: str, index: int = 0) -> dict[str, Any]:
+    return {"type": modality, "blob": index}
+
+
+def url(modality: str, address: str) -> dict[str, Any]:
+    return {"type": modality, "url": address}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_text(shared: Running) -> None:
+    out = shared.start(
+        "hi", sampling={"temperature": 0, "max_tokens": 5, "seed": 3}, stream=False, lease_s=4, timeout_s=9
+    ).ok
+    assert set(out) == {"input_ids", "position_ids", "plan"}
+    assert (out["input_ids"].dtype, out["position_ids"].dtype) == (np.int32, np.int32)
+    assert out["position_ids"].tolist() == [[0, 1]]
+    plan = Plan.from_json(out["plan"][0])
+    assert (plan.sampling.temperature, plan.sampling.max_tokens, plan.sampling.seed) == (0, 5, 3)
+    assert (plan.stream, plan.lease_s, plan.timeout_s, plan.rope_delta, plan.items) == (False, 4, 9, 7, ())
+
+
+def test_every_modality_at_once(shared: Running, web: Any, make_clip: Make, make_tone: Make, make_m4a: Make) -> None:
+    text = {"type": "text", "text": "ab"}
+    address = web.serve("/a.mp4", make_clip(30, 10))
+    content = [blob("image"), text, url("video", address), blob("audio", 1), blob("audio", 2)]
+    shared.letters.seen.clear()
+    out = shared.start(content, png(), make_tone(44100, 2, fmt="MP3"), make_m4a()).ok
+    assert set(out) == {spec.name for spec in PREPROCESS.outputs}
+    plan = Plan.from_json(out["plan"][0])
+    assert [(i.modality, i.spans, i.encoder) for i in plan.items] == [
+        ("image", ((0, 4),), "vision"),
+        ("video", ((6, 10),), "vision"),
+        ("audio", ((10, 14),), "audio"),
+        ("audio", ((14, 18),), "audio"),
+    ]
+    vision, audio = unpack(out["vision_features"]), unpack(out["audio_features"])
+    assert [i.digest for i in (*vision, *audio)] == [i.digest for i in plan.items]
+    assert vision[1].tensors["x"].tolist() == [6, 6, 6]
+    image, video, sound, other = shared.letters.seen[0]
+    assert [m.param for m in shared.letters.seen[0]] == [f"messages[0].content[{k}]" for k in (0, 2, 3, 4)]
+    assert isinstance(image.data, Image)
+    assert image.data.pixels.size == (8, 6)
+    assert isinstance(video.data, Video)
+    assert video.data.frames.shape == (6, 48, 64, 3)
+    assert video.data.indices == (0, 6, 12, 17, 23, 29)
+    assert (video.data.total_frames, video.data.duration_s, video.data.source_fps) == (30, 3.0, 10.0)
+    assert video.data.sampled_fps == 2.0
+    assert isinstance(sound.data, Audio)
+    assert isinstance(other.data, Audio)
+    assert sound.data.sampling_rate == other.data.sampling_rate == 16000
+
+
+def test_same_content_same_digest(shared: Running, web: Any) -> None:
+    address = web.serve("/a.png", png())
+    content = [blob("image"), blob("image", 1), url("image", address), blob("image", 2)]
+    out = shared.start(content, png(), png(compress_level=0), png((6, 8))).ok
+    one, two, three, other = (item.digest for item in Plan.from_json(out["plan"][0]).items)
+    assert one == two == three != other
+
+
+def test_used_twice_is_decoded_once(shared: Running, web: Any) -> None:
+    shared.letters.seen.clear()
+    before = shared.counted("triptych_media_items_total", "image")
+    address = web.serve("/a.png", png((5, 5)))
+    out = shared.start([blob("image"), url("image", address), blob("image"), url("image", address)], png()).ok
+    first, second, third, fourth = shared.letters.seen[0]
+    assert first.data is third.data
+    assert second.data is fourth.data
+    assert (first.param, third.param) == ("messages[0].content[0]", "messages[0].content[2]")
+    assert len(web.seen) == 1
+    assert shared.counted("triptych_media_items_total", "image") - before == 2
+    assert len(unpack(out["vision_features"])) == 4
+
+
+SILENCE = b"RIFF\x44\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0\x80>\0\0\0}\0\0\x02\0\x10\0data\x20\0\0\0" + bytes(32)
+
+
+@pytest.mark.parametrize(
+    ("content", "blobs", "kind", "param", "words"),
+    [
+        ([blob("image")], [b"no picture"], "invalid_media", "messages[0].content[0]", "PNG"),
+        ([blob("image")], [b""], "invalid_media", "messages[0].content[0]", "0 bytes"),
+        ([blob("image")], [png((300, 200))[:120]], "invalid_media", "messages[0].content[0]", "damaged"),
+        ([blob("video")], [b"no video"], "invalid_media", "messages[0].content[0]", "MP4"),
+        ([blob("video")], [b""], "invalid_media", "messages[0].content[0]", "0 bytes"),
+        ([blob("audio")], [b"no sound"], "invalid_media", "messages[0].content[0]", "WAV"),
+        ([blob("audio")], [SILENCE], "invalid_media", "messages[0].content[0]", "silent"),
+        ([blob("image"), blob("image", 1)], [png(), b"x"], "invalid_media", "messages[0].content[1]", "PNG"),
+        ([blob("image")], [png() + bytes(200_000)], "too_large", "messages[0].content[0]", "200000"),
+        ([blob("image")] * 5, [png()], "too_large", "messages", "at most 4"),
+        ([blob("image")], [png(), png()], "invalid_request", "media[1]", "no content part"),
+        ("text", [png()], "invalid_request", "media[0]", "no content part"),
+        ([blob("image", 1)], [png()], "invalid_request", "messages[0].content[0]", "1 media blobs"),
+        ([url("image", "http://127.0.0.2/a.png")], [], "invalid_request", "messages[0].content[0]", "loopback"),
+        ([url("image", "http://169.254.169.254/a")], [], "invalid_request", "messages[0].content[0]", "link-local"),
+        ([url("image", "file:///etc/passwd")], [], "invalid_request", "messages[0].content[0]", "http"),
+        ([{"type": "smell"}], [], "invalid_request", "messages[0].content[0].type", "image"),
+        ("x" * 1000, [], "context_length_exceeded", "messages", "1000"),
+    ],
+)
+def test_bad_input(shared: Running, content: Any, blobs: list[bytes], kind: str, param: str, words: str) -> None:
+    error = shared.start(content, *blobs).error
+    assert (error.kind.value, error.param) == (kind, param)
+    assert words in error.message
+    assert 400 <= error.kind.status < 500
+    if kind == "invalid_media":
+        assert error.message.startswith(param)
+    shared.check_healthy()
+
+
+def test_bad_json(shared: Running) -> None:
+    for text in (b"{", b"[]", b"\xff\xfe", b"{}", b'{"messages": [], "x": 1}', b"[" * 100_000):
+        answer = Answer()
+        shared.stage.submit("", {"request": [text]}, answer)
+        assert answer.error.kind is ErrorKind.INVALID_REQUEST
+    shared.check_healthy()
+
+
+def test_first_fault_in_prompt_order_is_no_race(shared: Running) -> None:
+    # the message names one of the faulty fields, never a good one
+    error = shared.start([blob("image"), blob("audio", 1), blob("image", 2)], png(), b"bad", b"bad").error
+    assert error.param in ("messages[0].content[1]", "messages[0].content[2]")
+
+
+def test_unsupported_modality(make: Callable[..., Running]) -> None:
+    running = make(("image",))
+    for modality in ("video", "audio"):
+        error = running.start([blob(modality)], b"x").error
+        assert error.kind is ErrorKind.UNSUPPORTED
+        assert error.param == "messages[0].content[0]"
+        assert "it takes text, image" in error.message
+    running.check_healthy()
+
+
+def test_context_length(make: Callable[..., Running]) -> None:
+    running = make(context_length=10)
+    assert len(running.start("x" * 9).ok["input_ids"]) == 9
+    error = running.start("x" * 10).error
+    assert error.kind is ErrorKind.CONTEXT_LENGTH_EXCEEDED
+    assert "10 tokens" in error.message
+    # media count too
+    assert running.start([blob("image"), {"type": "text", "text": "x" * 5}], png()).ok["input_ids"].size == 9
+    error = running.start([blob("image"), {"type": "text", "text": "x" * 8}], png()).error
+    assert "12 tokens" in error.message
+    assert "context length is 10" in error.message
+
+
+def test_checkpoint_bounds_the_context_length(make: Callable[..., Running]) -> None:
+    running = make(context_length=5000)
+    assert "1000" in running.start("x" * 1000).error.message
+
+
+def test_unexpected_error(shared: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        error = shared.start("explode", request_id="r-77").error
+    assert (error.kind, error.stage) == (ErrorKind.STAGE_FAILED, "preprocess")
+    assert "r-77" in error.message
+    assert "secret" not in error.message
+    assert "RuntimeError: secret detail" in caplog.text
+
+
+def test_control_requests(shared: Running) -> None:
+    for inputs in ({}, {"cancel": [b"nobody", b""]}):
+        answer = Answer()
+        shared.stage.submit("c", inputs, answer)
+        assert answer.ok == {}
+
+
+def test_concurrency_limit(make: Callable[..., Running], web: Any) -> None:
+    running = make(mm_max_concurrent_calls=3)
+    address = web.stall("/slow")
+    answers = [running.start([url("image", address)], request_id=f"r{k}") for k in range(8)]
+    until(lambda: web.open_now == 3 and running.counted("triptych_requests_waiting") == 5)
+    time.sleep(0.2)
+    assert web.most_open == 3
+    web.serve("/slow", png())
+    web.release.set()
+    for answer in answers:
+        # three of them got an empty answer from the stalled handler
+        assert answer.done.wait(SECONDS)
+    assert web.most_open <= 3
+    assert running.counted("triptych_requests_waiting") == running.counted("triptych_requests_running") == 0
+    running.check_healthy()
+
+
+def test_concurrency_limit_covers_the_processor(make: Callable[..., Running]) -> None:
+    running = make(mm_max_concurrent_calls=1)
+    running.letters.gate.clear()
+    answers = [running.start([blob("image")], png()) for _ in range(4)]
+    until(lambda: running.letters.inside == 1)
+    time.sleep(0.1)
+    running.letters.gate.set()
+    assert all(answer.ok for answer in answers)
+    assert running.letters.most_inside == 1
+
+
+def test_queue_limit(make: Callable[..., Running], web: Any) -> None:
+    running = make(mm_max_concurrent_calls=1, max_queued_requests=2)
+    address = web.stall("/slow")
+    for k in range(3):
+        running.start([url("image", address)], request_id=f"r{k}")
+    until(lambda: running.counted("triptych_requests_waiting") == 2)
+    assert running.start([blob("image")], png()).error.kind is ErrorKind.OVERLOADED
+    running.start("text still works").ok  # noqa: B018
+
+
+def test_text_never_waits_behind_media(make: Callable[..., Running], web: Any) -> None:
+    """32 requests hang on a URL and 8 inside the processor; text answers at once."""
+    running = make(mm_max_concurrent_calls=40)
+    address = web.stall("/slow")
+    for _ in range(32):
+        running.start([url("image", address)])
+    running.letters.gate.clear()
+    for _ in range(8):
+        running.start([blob("image")], png())
+    until(lambda: web.open_now == 32 and running.letters.inside >= 1)
+    start = time.monotonic()
+    for _ in range(20):
+        running.start("hello").ok  # noqa: B018
+    assert time.monotonic() - start < 5
+
+
+def test_slow_urls_do_not_block_other_media(make: Callable[..., Running], web: Any) -> None:
+    running = make(mm_max_concurrent_calls=32)
+    address = web.stall("/slow")
+    for _ in range(31):
+        running.start([url("image", address)])
+    until(lambda: web.open_now == 31)
+    assert "vision_features" in running.start([blob("image")], png()).ok
+
+
+def test_deadline(make: Callable[..., Running], web: Any) -> None:
+    running = make(mm_per_request_timeout=0.3, mm_max_concurrent_calls=1)
+    address = web.stall("/slow")
+    first = running.start([blob("image"), url("image", address)], png())
+    second = running.start([url("image", address)])
+    # the second waits for the first and has its whole time after that
+    for answer, field in ((first, "messages[0].content[1]"), (second, "messages[0].content[0]")):
+        assert (answer.error.kind, answer.error.param) == (ErrorKind.TIMEOUT, field)
+        assert "0.3 s" in answer.error.message
+    running.letters.gate.clear()
+    stuck = running.start([blob("image")], png())
+    assert stuck.error.kind is ErrorKind.TIMEOUT
+    running.letters.gate.set()
+    running.check_healthy()
+    assert stuck.count == 1
+    assert running.counted("triptych_requests_total", "timeout") == 3
+
+
+def test_deadline_kills_a_stuck_decoder(make: Callable[..., Running], make_clip: Make) -> None:
+    running = make(("video",), mm_per_request_timeout=1.5)
+    (worker,) = running.workers
+    os.kill(worker.pid, signal.SIGSTOP)
+    assert running.start([blob("video")], make_clip()).error.kind is ErrorKind.TIMEOUT
+    until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    assert running.start([blob("video")], make_clip()).ok
+    running.check_healthy()
+
+
+def test_killed_decoder_fails_one_request(make: Callable[..., Running], make_clip: Make) -> None:
+    running = make(("video",))
+    (worker,) = running.workers
+    os.kill(worker.pid, signal.SIGSTOP)
+    answer = running.start([blob("video")], make_clip())
+    time.sleep(0.2)
+    text = running.start("hello")
+    os.kill(worker.pid, signal.SIGKILL)
+    assert (answer.error.kind, answer.error.param) == (ErrorKind.STAGE_FAILED, "messages[0].content[0]")
+    assert text.ok
+    assert running.start([blob("video")], make_clip()).ok
+
+
+@pytest.mark.parametrize("how", ["method", "input"])
+def test_cancel(make: Callable[..., Running], web: Any, how: str) -> None:
+    running = make(mm_max_concurrent_calls=1)
+    address = web.stall("/slow")
+    fetching = running.start([url("image", address)], request_id="a")
+    until(lambda: web.open_now == 1)
+    waiting = running.start([url("image", address)], request_id="b")
+    other = running.start([blob("image")], png(), request_id="c")
+    until(lambda: running.counted("triptych_requests_waiting") == 2)
+    if how == "method":
+        running.stage.cancel(["a", "b", "unknown"])
+    else:
+        control = Answer()
+        running.stage.submit("z", {"cancel": [b"a", b"b", b"unknown"]}, control)
+        assert control.ok == {}
+    assert fetching.error.kind is waiting.error.kind is ErrorKind.CANCELLED
+    assert "vision_features" in other.ok
+    running.stage.cancel(["a", "c"])
+    running.check_healthy()
+    assert (fetching.count, waiting.count, other.count) == (1, 1, 1)
+    assert running.counted("triptych_requests_total", "cancelled") == 2
+
+
+def test_cancel_at_once(make: Callable[..., Running]) -> None:
+    """A cancel that arrives before the request's first step still gets it an answer."""
+    running = make()
+    for k in range(50):
+        answer = running.start([blob("image")], png(), request_id=f"r{k}")
+        running.stage.cancel([f"r{k}"])
+        assert answer.done.wait(SECONDS)
+        assert answer.count == 1
+    until(lambda: running.counted("triptych_requests_running") == 0)
+
+
+def test_requests_without_id_are_never_cancelled(make: Callable[..., Running]) -> None:
+    running = make()
+    running.letters.gate.clear()
+    answer = running.start([blob("image")], png())
+    running.stage.cancel([""])
+    time.sleep(0.1)
+    running.letters.gate.set()
+    assert answer.ok
+
+
+def test_cancel_frees_memory(make: Callable[..., Running]) -> None:
+    running = make()
+    running.letters.gate.clear()
+    kept: list[weakref.ref[Any]] = []
+    original = running.letters.prepare
+
+    def prepare(messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
+        kept.extend(weakref.ref(medium.data) for medium in media)
+        return original(messages, media)
+
+    running.letters.prepare = prepare  # type: ignore[method-assign]
+    answer = running.start([blob("image")], png(), request_id="a")
+    until(lambda: running.letters.inside == 1)
+    running.stage.cancel(["a"])
+    assert answer.error.kind is ErrorKind.CANCELLED
+    running.letters.gate.set()
+    running.letters.seen.clear()
+
+    def freed() -> bool:
+        running.letters.seen.clear()
+        gc.collect()
+        return kept[0]() is None
+
+    until(freed)
+
+
+def test_close_answers_everything(web: Any) -> None:
+    before = set(psutil.Process().children())
+    threads = threading.active_count()
+    running = Running(("image", "video"), {"mm_max_concurrent_calls": 2})
+    address = web.stall("/slow")
+    answers = [running.start([url("image", address)]) for _ in range(5)]
+    until(lambda: web.open_now == 2)
+    running.stage.close()
+    for answer in (*answers, running.start("late")):
+        assert answer.error.kind is ErrorKind.STAGE_DEAD
+        assert answer.count == 1
+    running.stage.close()
+    running.stage.cancel(["x"])
+    assert set(psutil.Process().children()) <= before
+    web.close()
+    until(lambda: threading.active_count() <= threads)
+
+
+def test_metrics(make: Callable[..., Running]) -> None:
+    running = make(heartbeat_s=0.05)
+    assert running.start("a").ok
+    assert running.start([blob("image")], png()).ok
+    assert running.start([blob("image")], b"bad").error
+    until(lambda: running.counted("triptych_heartbeat_timestamp_seconds") >= 3)
+    assert running.counted("triptych_requests_total", "ok") == 2
+    assert running.counted("triptych_requests_total", "invalid_media") == 1
+    assert running.counted("triptych_stage_seconds") == 3
+    assert running.counted("triptych_media_items_total", "image") == 1
+    assert running.counted("triptych_media_bytes_total", "image") == len(png())
+    assert running.counted("triptych_media_decode_seconds", "image") == 1
+    assert running.counted("triptych_requests_running") == 0
+
+
+def test_many_at_once(make: Callable[..., Running], make_tone: Make, make_clip: Make) -> None:
+    running = make(("image", "video", "audio"))
+    sound, video = make_tone(), make_clip(4, 4)
+    answers = []
+    for k in range(24):
+        answers.append(running.start([blob("image"), blob("audio", 1)], png((8 + k, 8)), sound))
+        answers.append(running.start(f"text {k}"))
+        if k % 6 == 0:
+            answers.append(running.start([blob("video")], video))
+    assert all(answer.ok for answer in answers)
+    widths = {m.data.pixels.width for media in running.letters.seen for m in media if isinstance(m.data, Image)}
+    assert widths == set(range(8, 32))
