@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image as PILImage
 
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
@@ -21,6 +22,8 @@ from .checkpoint import Checkpoint
 from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
 
 _NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+# Options that leave pixels as they are.
+_RAW = {"do_rescale": False, "do_normalize": False}
 
 
 class QwenVisionPreprocessor(TransformersPreprocessor):
@@ -30,18 +33,25 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
         super().__init__(checkpoint, settings, cls, encoders)
         self._processors = {"image": self.processor.image_processor, "video": self.processor.video_processor}
         self._normalisation = {m: _normalisation(p, m) for m, p in self._processors.items()}
+        # Also the first call of lazily imported code, which would otherwise delay the first request.
+        probe = self.processor.image_processor(PILImage.new("RGB", (64, 64)), return_tensors="pt", **_RAW)
+        if probe["pixel_values"].dtype != torch.uint8:
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED,
+                f"{type(self.processor.image_processor).__name__} does not keep pixels as uint8: install torchvision, "
+                "with which transformers uses its torchvision image processors",
+            )
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Pixels stay uint8; frames are those sampled while decoding."""
         arguments: dict[str, Any] = {}
-        raw = {"do_rescale": False, "do_normalize": False}
         if images := [m.data for m in media.get("image", ()) if isinstance(m.data, Image)]:
             arguments["images"] = [image.pixels for image in images]
-            arguments["images_kwargs"] = dict(raw)
+            arguments["images_kwargs"] = dict(_RAW)
         if videos := [m.data for m in media.get("video", ()) if isinstance(m.data, Video)]:
             arguments["videos"] = [video.frames for video in videos]
             arguments["videos_kwargs"] = {
-                **raw,
+                **_RAW,
                 "do_sample_frames": False,
                 "input_data_format": "channels_last",
                 "video_metadata": [_metadata(video) for video in videos],
@@ -60,8 +70,6 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
             processor = self._processors[modality]
             mean, std = self._normalisation[modality]
             patches = batch[pixels]
-            if patches.dtype != torch.uint8:
-                raise TypeError(f"{type(processor).__name__} gives {patches.dtype} pixels, not uint8")
             patches = patches.reshape(len(patches), len(mean), processor.temporal_patch_size, processor.patch_size**2)
             if modality == "image":
                 # The same picture for every frame of the patch.

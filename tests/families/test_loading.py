@@ -155,6 +155,27 @@ def test_tied_head(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> No
     family_of(folder).load_encoder("vision", "cpu", torch.float32)
 
 
+def test_thinker_inside_a_whole_omni_checkpoint(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """As published: the thinker's configuration and weights are one part among several."""
+    tiny, folder = tiny_checkpoint("qwen2_5_omni"), tmp_path / "whole"
+    shutil.copytree(tiny, folder)
+    thinker = json.loads((tiny / "config.json").read_text())
+    whole = {"model_type": "qwen2_5_omni", "architectures": ["Qwen2_5OmniModel"], "thinker_config": thinker}
+    (folder / "config.json").write_text(json.dumps(whole))
+    weights = {f"thinker.{name}": tensor for name, tensor in load_file(tiny / "model.safetensors").items()}
+    weights["talker.codec_head.weight"] = torch.zeros(2, 2)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    alone, inside = family_of(tiny), family_of(folder)
+    for encoder in ("vision", "audio"):
+        a, b = (dict(f.load_encoder(encoder, "cpu", torch.float32).model.named_parameters()) for f in (alone, inside))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    c, d = alone.load_decoder("cpu", torch.float32), inside.load_decoder("cpu", torch.float32)
+    assert torch.equal(c.lm_head.weight, d.lm_head.weight)
+    assert c.eos_token_ids == d.eos_token_ids
+    assert c.context_length == d.context_length == inside.load_preprocessor().context_length
+
+
 def test_missing_weights_are_named(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(tiny_checkpoint("qwen2_5_vl"), folder)
