@@ -27,8 +27,8 @@ from .errors import LauncherError
 from .runtime import RuntimeFolder
 
 HOST = "127.0.0.1"
-GRACE_S = 8.0
-EXIT_TIMEOUT_S = 3
+GRACE_S = 10.0
+EXIT_TIMEOUT_S = 5
 CUDA_POOL_BYTES = 512 * 2**20
 _POLL_S = 0.05
 # a proxy of the environment would be in the way of a local connection
