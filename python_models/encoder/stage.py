@@ -86,16 +86,17 @@ class EncoderStage(Stage):
             responder.send({}, final=True)
             return
         job = _Job(request_id, features, responder, time.monotonic())
-        if self._encoder is None:
-            self._fail(job, TriptychError(ErrorKind.UNSUPPORTED, f"this model has no {self.encoder_name} encoder"))
-            return
         with self._changed:
-            if not self._closing:
+            closing, absent = self._closing, self._encoder is None
+            if not closing and not absent:
                 self._waiting.append(job)
                 self._gauges()
                 self._changed.notify()
                 return
-        self._fail(job, self._stopped())
+        if closing:
+            self._fail(job, self._stopped())
+        else:
+            self._fail(job, TriptychError(ErrorKind.UNSUPPORTED, f"this model has no {self.encoder_name} encoder"))
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """See :meth:`Stage.cancel`."""
@@ -118,6 +119,7 @@ class EncoderStage(Stage):
             self._fail(job, self._stopped())
         self._worker.join()
         self._cache.clear()
+        self._encoder = None
 
     def _stopped(self) -> TriptychError:
         return TriptychError(ErrorKind.STAGE_DEAD, f"{self.name} is shutting down", stage=self.name)

@@ -7,14 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from triptych.python_models.builtin import checkpoint as builtin_checkpoint
 
-CASES = ["text", "turns", "image", "two_images", "wide_image", "video", "slow_video", "audio", "two_audios", "mixed"]
-NEEDS = {"audio": "audio", "two_audios": "audio", "mixed": "audio"}
+VISION = ["text", "turns", "image", "two_images", "wide_image", "video", "slow_video"]
+AUDIO = ["audio", "two_audios", "mixed"]
+CHECKPOINTS = {"qwen2_vl": VISION, "qwen2_5_vl": VISION, "qwen2_5_omni": VISION + AUDIO}
+if (builtin_checkpoint() / "config.json").is_file():
+    CHECKPOINTS["builtin"] = VISION + AUDIO
+every_case = pytest.mark.parametrize(
+    ("parts", "case"), [(name, case) for name, cases in CHECKPOINTS.items() for case in cases], indirect=["parts"]
+)
 
 
 def chat_of(parts: Any, case: str) -> Any:
-    if NEEDS.get(case, "image") not in parts.preprocessor.modalities:
-        pytest.skip(f"{parts.family.checkpoint.model_type} takes no audio")
     make = parts.make
     if case == "text":
         return make.chat("hello world, what is shown?")
@@ -47,7 +52,7 @@ def chat_of(parts: Any, case: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_inputs_equal_the_processor(parts: Any, case: str) -> None:
     chat = chat_of(parts, case)
     prepared = parts.prepare(chat)
@@ -61,7 +66,7 @@ def test_inputs_equal_the_processor(parts: Any, case: str) -> None:
     assert covered == [i for i, token in enumerate(prepared.input_ids) if token in ids]
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_logits_equal_the_whole_model(parts: Any, case: str) -> None:
     chat = chat_of(parts, case)
     parts.whole.base_model.rope_deltas = None
@@ -72,7 +77,7 @@ def test_logits_equal_the_whole_model(parts: Any, case: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_tokens_equal_generate(parts: Any, case: str) -> None:
     chat = chat_of(parts, case)
     assert parts.tokens(chat) == parts.reference_tokens(chat)

@@ -29,15 +29,15 @@ class Counts(NoTelemetry):
 class Server:
     """The stages behind ``preprocess``, joined by hand."""
 
-    def __init__(self, parts: Any, answer: Callable[[], Any]) -> None:
+    def __init__(self, parts: Any, answer: Callable[[], Any], device: str = "cpu") -> None:
         self.parts = parts
         self.answer = answer
         self.counts = Counts()
         self.encoders = {
-            "vision": VisionEncoderStage(parts.settings, self.counts, "cpu"),
-            "audio": AudioEncoderStage(parts.settings, self.counts, "cpu"),
+            "vision": VisionEncoderStage(parts.settings, self.counts, device),
+            "audio": AudioEncoderStage(parts.settings, self.counts, device),
         }
-        self.language_model = LanguageModelStage(parts.settings, NoTelemetry(), "cpu")
+        self.language_model = LanguageModelStage(parts.settings, NoTelemetry(), device)
         self.sent = 0
 
     def close(self) -> None:
@@ -95,6 +95,22 @@ def server(parts: Any, new_answer: Callable[[], Any]) -> Iterator[Server]:
 
 
 def test_each_modality(server: Server) -> None:
+    check_each_modality(server)
+
+
+@pytest.mark.gpu
+def test_each_modality_on_the_gpu(parts: Any, new_answer: Callable[[], Any]) -> None:
+    """Embeddings go from encoder to language model on the device."""
+    server = Server(parts, new_answer, "cuda:0")
+    try:
+        prepared = parts.prepare(parts.make.chat(parts.make.image(1), "x"))
+        assert server.encode(prepared)["vision_embeddings"].is_cuda
+        check_each_modality(server)
+    finally:
+        server.close()
+
+
+def check_each_modality(server: Server) -> None:
     make = server.parts.make
     chats = [
         make.chat("hello world, what is shown?"),
@@ -145,13 +161,12 @@ def test_an_image_twice_in_one_request(server: Server) -> None:
 
 
 def test_everything_in_one_conversation(server: Server) -> None:
-    if not has_audio(server.parts):
-        pytest.skip("takes no audio")
     make = server.parts.make
+    sounds = [make.audio(6, 0.5), make.audio(7)] if has_audio(server.parts) else []
     chat = make.turns(
-        ("user", make.audio(6, 0.5), make.image(1), "what is the connection?"),
+        ("user", *sounds[:1], make.image(1), "what is the connection?"),
         ("assistant", "none"),
-        ("user", make.video(4), "and here?", make.image(2), make.audio(7)),
+        ("user", make.video(4), "and here?", make.image(2), *sounds[1:]),
     )
     assert server.tokens(server.start(chat)) == expected(server.parts, chat)
 
