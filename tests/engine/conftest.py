@@ -209,12 +209,12 @@ class Toy:
         return recorder
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_toy() -> Iterator[Callable[..., Toy]]:
     """Makes toy engines and, at the end, closes them and checks that they lost nothing."""
     toys = []
 
-    def make(num_blocks: int = 64, block_size: int = 4, eos: int | None = None, **options: Any) -> Toy:
+    def make(num_blocks: int = 10_000, block_size: int = 4, eos: int | None = None, **options: Any) -> Toy:
         runner, meter = ToyRunner(num_blocks, block_size, eos), Meter()
         values: dict[str, Any] = {
             "context_length": 10_000,
@@ -282,6 +282,13 @@ def _build(kind: str) -> Any:
         # sinks, sliding windows, experts
         config = transformers.GptOssConfig(**_COMMON, sliding_window=9, num_local_experts=4, num_experts_per_tok=2)
         model = transformers.GptOssForCausalLM._from_config(config, attn_implementation="eager")
+    elif kind == "qwen3_vl":
+        # rows that deeper layers add
+        text = {**_COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+        vision = {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
+        vision["deepstack_visual_indexes"] = [0]
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+        model = transformers.Qwen3VLForConditionalGeneration(config)
     else:
         text = {**_COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
         vision = {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
@@ -316,6 +323,39 @@ class Tiny:
         with torch.no_grad():
             inputs = inputs or {"input_ids": torch.tensor([list(ids)], device=self.device)}
             out: torch.Tensor = self.reference(**inputs).logits[0]
+        return out
+
+    def stepwise(
+        self, embeddings: torch.Tensor, positions: np.ndarray, rope_delta: int, count: int, **extra: Any
+    ) -> list[int]:
+        """Greedy tokens by transformers' decoder without any cache: every step computes everything anew.
+
+        Args:
+            embeddings: [L, H] of the prompt, media spliced in.
+            positions: [axes, L].
+            extra: more arguments of the decoder, for the prompt's tokens.
+        """
+        base = self.reference.base_model
+        text_model = getattr(base, "language_model", base)
+        out: list[int] = []
+        with torch.no_grad():
+            for _ in range(count):
+                length = embeddings.shape[0]
+                tail = np.arange(positions.shape[1], length) + rope_delta
+                full = np.concatenate([positions, np.broadcast_to(tail, (positions.shape[0], len(tail)))], axis=1)
+                ids = torch.from_numpy(full.astype(np.int64)).to(self.device)
+                if (mask := extra.get("visual_pos_masks")) is not None:
+                    pad = torch.zeros(1, length - mask.shape[1], dtype=torch.bool, device=mask.device)
+                    extra = extra | {"visual_pos_masks": torch.cat([mask, pad], 1)}
+                hidden = text_model(
+                    inputs_embeds=embeddings[None],
+                    position_ids=ids[:, None] if len(full) > 1 else ids,
+                    use_cache=False,
+                    **extra,
+                ).last_hidden_state
+                out.append(int(self.reference.lm_head(hidden[0, -1]).argmax()))
+                new = self.reference.get_input_embeddings()(torch.tensor(out[-1:], device=self.device))
+                embeddings = torch.cat([embeddings, new])
         return out
 
     def _forget(self) -> None:
@@ -364,7 +404,7 @@ def _models() -> dict[str, Any]:
     return {}
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_tiny(_models: dict[str, Any]) -> Iterator[Callable[..., Tiny]]:
     """Makes tiny models; at the end closes their stages and checks that no block was lost."""
     made: list[Tiny] = []
@@ -382,7 +422,7 @@ def make_tiny(_models: dict[str, Any]) -> Iterator[Callable[..., Tiny]]:
             return out
 
         config = own.config.get_text_config()
-        axes = 3 if kind == "qwen2_5_vl" else 1
+        axes = 3 if kind.endswith("vl") else 1
         decoder = Decoder(text_model, own.lm_head, embed, config, ToyTokenizer(), frozenset(), 512, axes)
         made.append(Tiny(reference, decoder, device))
         return made[-1]
@@ -400,13 +440,13 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture()
+@pytest.fixture
 def recorder() -> type[Recorder]:
     """The :class:`Recorder` class."""
     return Recorder
 
 
-@pytest.fixture()
+@pytest.fixture
 def meter() -> Meter:
     """A fresh :class:`Meter`."""
     return Meter()

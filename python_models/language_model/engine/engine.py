@@ -284,7 +284,9 @@ class Engine:
         self._step()
         if busy and not self._requests:
             self._look_after(now)
-            self._scheduler.check()
+            if self._pool.num_free != self._pool.num_blocks:
+                # raises, naming the blocks
+                self._scheduler.check()
 
     def _run_commands(self) -> None:
         for command in self._commands():

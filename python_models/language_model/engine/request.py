@@ -125,7 +125,6 @@ class Request:
     num_published: int = 0
     block_table: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
-    last_step: int = -1
     admitted_before: bool = False
 
     renewed: float = 0.0

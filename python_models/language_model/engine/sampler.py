@@ -25,7 +25,7 @@ class Sampled:
     """The outcome for one request.
 
     Attributes:
-        token_id: the chosen token; -1 where the logits hold NaN or nothing but -inf.
+        token_id: the chosen token; -1 where the logits hold NaN or +inf, or nothing but -inf.
         logprob: natural log probability under the model's own distribution (no penalties, bias, temperature, filters),
             where asked for.
         top: the most likely tokens of that distribution with theirs, best first.
@@ -97,8 +97,8 @@ class Sampler:
         if drawn:
             index = torch.tensor(drawn, device=raw.device)
             chosen = chosen.index_copy(0, index, self._draw(scores[index], [states[row] for row in drawn]))
-        best = scores.gather(1, chosen[:, None])[:, 0]
-        usable = (torch.isfinite(best) & ~scores.isnan().any(dim=-1)).tolist()
+        # the maximum is NaN where anything is
+        usable = scores.amax(dim=-1).isfinite().tolist()
         tokens = [token if good else -1 for token, good in zip(chosen.tolist(), usable, strict=True)]
         wanted = [row for row, state in enumerate(states) if state.params.logprobs]
         if not wanted:

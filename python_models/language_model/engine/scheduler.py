@@ -41,7 +41,6 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
-        self._step = 0
 
     def add(self, request: Request) -> None:
         """Queue a request; it must fit into the whole pool when alone."""
@@ -57,21 +56,14 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """Decide the next step, preempting and admitting as needed."""
-        self._step += 1
         tokens: dict[Request, int] = {}
         preempted: list[Request] = []
-        budget = self.max_step_tokens
-        decodes = [r for r in self.running if r.num_pending == 1]
-        if len(decodes) > budget:
-            # not all fit into a step: whoever waited longest goes first
-            decodes.sort(key=lambda r: r.last_step)
-        for request in decodes:
-            if budget == 0:
-                break
+        # never more than a step takes: nobody is admitted into a step that they fill
+        for request in [r for r in self.running if r.num_pending == 1]:
             if request in preempted or not self._grow(request, tokens, preempted):
                 continue
             tokens[request] = 1
-            budget = self.max_step_tokens - len(tokens)
+        budget = self.max_step_tokens - len(tokens)
         for request in self.running:
             if budget and request.num_pending > 1:
                 tokens[request] = count = min(request.num_pending, budget)
@@ -84,8 +76,6 @@ class Scheduler:
             self.running.append(request)
             tokens[request] = count = min(request.num_pending, budget)
             budget -= count
-        for request in tokens:
-            request.last_step = self._step
         return StepPlan(tokens, tuple(preempted))
 
     def advance(self, request: Request, count: int) -> None:

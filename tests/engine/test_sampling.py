@@ -1,0 +1,211 @@
+"""Sampling: every field of SamplingParams does what it says, alone and in a batch."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from triptych.python_models.contract.sampling import SamplingParams
+from triptych.python_models.language_model.engine.sampler import Sampler, SamplerState
+
+V = 50
+
+
+def prompt_of(length, seed=0):
+    return random.Random(seed * 1000 + length).choices(range(1, 290), k=length)
+
+
+def state(prompt=(1, 2, 3), seed=7, stop_ids=(), generated=(), **options):
+    made = SamplerState(SamplingParams(**options), np.array(prompt), seed, frozenset(stop_ids), V)
+    for token in generated:
+        made.accept(token)
+    return made
+
+
+def draws(logits, count=4000, **options):
+    """Frequencies of tokens over many draws of one row."""
+    one = state(**options)
+    seen = np.zeros(V)
+    for _ in range(count):
+        token = Sampler().sample(logits[None], [one])[0].token_id
+        seen[token] += 1
+        one.accept(token)
+    return seen / count
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(V, generator=torch.Generator().manual_seed(3)) * 2
+
+
+def test_temperature_zero_is_argmax(logits):
+    assert Sampler().sample(logits[None], [state(temperature=0)])[0].token_id == int(logits.argmax())
+
+
+def test_draws_follow_the_distribution(logits):
+    for temperature in (0.5, 1.0, 1.7):
+        expected = (logits / temperature).softmax(-1).numpy()
+        # total variation of 4000 draws over 50 tokens is about 0.04
+        assert np.abs(draws(logits, temperature=temperature) - expected).sum() / 2 < 0.08
+
+
+@pytest.mark.parametrize(
+    ("options", "warper"),
+    [
+        ({"top_k": 5}, transformers.TopKLogitsWarper(5)),
+        ({"top_p": 0.6}, transformers.TopPLogitsWarper(0.6)),
+        ({"min_p": 0.2}, transformers.MinPLogitsWarper(0.2)),
+    ],
+)
+def test_filters_keep_what_transformers_keeps(logits, options, warper):
+    expected = warper(None, logits[None].clone())[0].softmax(-1).numpy()
+    seen = draws(logits, **options)
+    assert set(np.flatnonzero(seen)) == set(np.flatnonzero(expected))
+    assert np.abs(seen - expected).sum() / 2 < 0.08
+
+
+def test_filters_combine_in_the_order_of_transformers(logits):
+    chain = [
+        transformers.TemperatureLogitsWarper(1.5),
+        transformers.TopKLogitsWarper(12),
+        transformers.TopPLogitsWarper(0.8),
+        transformers.MinPLogitsWarper(0.1),
+    ]
+    scores = logits[None].clone()
+    for warper in chain:
+        scores = warper(None, scores)
+    seen = draws(logits, temperature=1.5, top_k=12, top_p=0.8, min_p=0.1)
+    assert set(np.flatnonzero(seen)) == set(np.flatnonzero(scores[0].softmax(-1).numpy()))
+
+
+def test_filters_that_keep_all_change_no_draw(logits):
+    plain = [Sampler().sample(logits[None], [state(seed=s)])[0].token_id for s in range(200)]
+    open_filters = {"top_k": V + 10, "top_p": 1.0, "min_p": 0.0}
+    assert [Sampler().sample(logits[None], [state(seed=s, **open_filters)])[0].token_id for s in range(200)] == plain
+    assert len(set(plain)) > 5
+
+
+def test_top_k_one_is_greedy(logits):
+    tokens = {Sampler().sample(logits[None], [state(top_k=1, seed=s)])[0].token_id for s in range(20)}
+    assert tokens == {int(logits.argmax())}
+
+
+def test_a_row_is_the_same_alone_and_in_any_batch():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, V, generator=generator) * 2
+    kinds = [{}, {"top_p": 0.7}, {"top_k": 3}, {"temperature": 0}, {"min_p": 0.1}, {"repetition_penalty": 1.5}]
+    states = [state(seed=i, generated=(4, 4, 9), **kinds[i % len(kinds)]) for i in range(40)]
+    alone = [Sampler().sample(row[None], [own])[0].token_id for row, own in zip(rows, states, strict=True)]
+    assert [s.token_id for s in Sampler().sample(rows, states)] == alone
+    order = torch.randperm(40, generator=generator).tolist()
+    mixed = Sampler().sample(rows[order], [states[i] for i in order])
+    assert [s.token_id for s in mixed] == [alone[i] for i in order]
+
+
+def test_repetition_penalty_is_that_of_transformers(logits):
+    prompt, generated = [3, 8, 8, 21], [30, 3]
+    processor = transformers.RepetitionPenaltyLogitsProcessor(1.7)
+    expected = processor(torch.tensor([prompt + generated]), logits[None].clone())
+    own = state(prompt, generated=generated, repetition_penalty=1.7)
+    assert torch.equal(Sampler()._adjust(logits[None], [own]), expected)
+
+
+def test_presence_and_frequency_penalties_count_generated_tokens_only(logits):
+    own = state((5, 6), generated=(9, 9, 9, 10), presence_penalty=0.5, frequency_penalty=0.25)
+    expected = logits.clone()
+    expected[9] -= 0.5 + 3 * 0.25
+    expected[10] -= 0.5 + 0.25
+    torch.testing.assert_close(Sampler()._adjust(logits[None], [own])[0], expected)
+
+
+def test_logit_bias_forces_and_bans(logits):
+    best = int(logits.argmax())
+    ban = state(temperature=0, logit_bias={best: -100.0})
+    force = state(logit_bias={17: 100.0})
+    tokens = [s.token_id for s in Sampler().sample(logits.repeat(2, 1), [ban, force])]
+    assert tokens == [int(logits.topk(2).indices[1]), 17]
+
+
+def test_stop_tokens_wait_for_min_tokens(logits):
+    best = int(logits.argmax())
+    options = {"temperature": 0, "min_tokens": 2, "stop_ids": (best,)}
+    early, late = state(generated=(1,), **options), state(generated=(1, 2), **options)
+    tokens = [s.token_id for s in Sampler().sample(logits.repeat(2, 1), [early, late])]
+    assert tokens == [int(logits.topk(2).indices[1]), best]
+
+
+def test_logprobs_are_of_the_raw_distribution(logits):
+    raw = logits.log_softmax(-1)
+    own = state(temperature=0.3, top_k=2, logit_bias={4: 50.0}, repetition_penalty=2.0, logprobs=True, top_logprobs=3)
+    with_none = state(temperature=0)
+    out, other = Sampler().sample(logits.repeat(2, 1), [own, with_none])
+    assert out.token_id == 4
+    assert out.logprob == pytest.approx(float(raw[4]), abs=1e-5)
+    values, ids = raw.topk(3)
+    assert [i for i, _ in out.top] == ids.tolist()
+    assert [v for _, v in out.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert other.logprob is None
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_unusable_logits_are_told(poison, logits):
+    bad = logits.clone()
+    if poison == -torch.inf:
+        bad[:] = poison
+    else:
+        bad[3] = poison
+    for options in ({"temperature": 0}, {"temperature": 1.0}):
+        tokens = [s.token_id for s in Sampler().sample(torch.stack([bad, logits]), [state(**options)] * 2)]
+        assert tokens[0] == -1
+        assert tokens[1] >= 0
+
+
+def test_same_seed_same_tokens_alone_and_in_a_batch(make_tiny, device):
+    tiny = make_tiny("qwen2", device)
+    stage = tiny.stage()
+    options = {"temperature": 0.9, "top_p": 0.95, "seed": 11, "max_tokens": 30}
+    alone = tiny.ask(stage, prompt_of(12), **options).ok().token_ids
+    crowd = [tiny.ask(stage, prompt_of(n), temperature=1.0, max_tokens=40) for n in (5, 20, 33)]
+    assert tiny.ask(stage, prompt_of(12), **options).ok().token_ids == alone
+    assert tiny.ask(stage, prompt_of(12), **(options | {"seed": 12})).ok().token_ids != alone
+    for other in crowd:
+        other.ok()
+    unseeded = [tiny.ask(stage, prompt_of(12), temperature=1.0, max_tokens=20).ok().token_ids for _ in range(2)]
+    assert unseeded[0] != unseeded[1]
+
+
+def test_a_seed_survives_preemption(make_tiny, meter):
+    tiny = make_tiny("qwen2")
+    options = {"temperature": 1.0, "max_tokens": 40}
+    roomy = tiny.stage()
+    expected = [tiny.ask(roomy, prompt_of(n), seed=n, **options).ok().token_ids for n in (9, 17, 25)]
+    tight = tiny.stage(meter, kv_cache_tokens=72, context_length=72)
+    answers = [tiny.ask(tight, prompt_of(n), seed=n, **options) for n in (9, 17, 25)]
+    assert [a.ok().token_ids for a in answers] == expected
+    assert meter("triptych_preemptions_total") > 0
+
+
+def test_logprobs_equal_those_of_a_forward_pass(make_tiny, device):
+    tiny = make_tiny("qwen2", device)
+    prompt = prompt_of(15)
+    answer = tiny.ask(tiny.stage(), prompt, temperature=1.0, seed=1, max_tokens=20, logprobs=True, top_logprobs=4).ok()
+    tokens = answer.token_ids
+    reference = tiny.logits(prompt + tokens).log_softmax(-1)[14:-1].cpu()
+    assert len(answer.logprobs) == 20
+    for row, (token, item) in enumerate(zip(tokens, answer.logprobs, strict=True)):
+        assert item.token_id == token
+        assert item.logprob == pytest.approx(float(reference[row, token]), abs=1e-4)
+        values, ids = reference[row].topk(4)
+        assert [top[0] for top in item.top] == ids.tolist()
+        assert [top[2] for top in item.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_penalised_greedy_is_that_of_generate(make_tiny):
+    tiny = make_tiny("qwen2")
+    prompt = prompt_of(15)
+    answer = tiny.ask(tiny.stage(), prompt, repetition_penalty=1.4, max_tokens=30).ok()
+    assert answer.token_ids == tiny.generate(prompt, 30, repetition_penalty=1.4)
+    assert answer.token_ids != tiny.generate(prompt, 30)
