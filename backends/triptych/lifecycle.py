@@ -124,6 +124,9 @@ class HostedStage:
             if self._control(inputs) and not inputs:
                 responder.send({}, final=True)
                 return
+            for name in self._spec.error_inputs:
+                if error := inputs.pop(name, None):
+                    raise TriptychError.from_wire(error[0].decode("utf-8", "replace"))
             self._stage.submit(request.request_id(), inputs, responder)
         except TriptychError as error:
             responder.fail(error)

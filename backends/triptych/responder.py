@@ -71,7 +71,7 @@ class Sender:
                 _LOG.exception("an answer could not be made into tensors")
                 content = TriptychError(ErrorKind.STAGE_FAILED, f"an answer could not be sent: {error}")
         if isinstance(content, TriptychError):
-            response = pb_utils.InferenceResponse(error=self._error(content))
+            response = self._error(content)
             final = True
         try:
             # an error that is not final at once leaks the ensemble's request
@@ -87,7 +87,10 @@ class Sender:
 
     def _error(self, error: TriptychError) -> Any:
         error.stage = error.stage or self._spec.name
-        return pb_utils.TritonError(error.to_wire(), getattr(pb_utils.TritonError, error.kind.triton_code))
+        if name := self._spec.error_output:
+            return pb_utils.InferenceResponse(make_outputs({name: [error.to_wire()]}, self._spec, self._dtypes))
+        code = getattr(pb_utils.TritonError, error.kind.triton_code)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), code))
 
 
 class TritonResponder:

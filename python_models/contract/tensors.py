@@ -31,7 +31,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A Triton model that hosts one stage."""
+    """A Triton model that hosts one stage.
+
+    Attributes:
+        error_output: the output by which errors leave instead of as errors. Steps of an ensemble that run side by
+            side need it: up to release 26.02 the server never ends (and never frees) an ensemble request of which
+            one step fails while another still runs.
+        error_inputs: the inputs by which such errors arrive; one that is present ends the request with it.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -39,6 +46,8 @@ class StageSpec:
     decoupled: bool = False
     uses_gpu: bool = False
     help: str = ""
+    error_output: str = ""
+    error_inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,10 @@ VISION_FEATURES = TensorSpec("vision_features", UINT8, (-1,), True, help="packed
 AUDIO_FEATURES = TensorSpec("audio_features", UINT8, (-1,), True, help="packed, see contract/features.py")
 VISION_EMBEDDINGS = TensorSpec("vision_embeddings", EMBEDDING, (-1, -1), True, True, "[rows, hidden * (1 + deepstack)]")
 AUDIO_EMBEDDINGS = TensorSpec("audio_embeddings", EMBEDDING, (-1, -1), True, True, "[rows, hidden]")
+VISION_ERROR = TensorSpec(
+    "vision_error", STRING, (1,), True, help="why there are no embeddings (TriptychError.to_wire)"
+)
+AUDIO_ERROR = TensorSpec("audio_error", STRING, (1,), True, help="why there are no embeddings (TriptychError.to_wire)")
 
 DELTA = (
     TensorSpec("text", STRING, (1,), help="text since the last response"),
@@ -89,16 +102,29 @@ PREPROCESS = StageSpec(
     help="fetches, decodes, applies chat template and processor",
 )
 VISION_ENCODER = StageSpec(
-    "vision_encoder", (VISION_FEATURES, CANCEL), (VISION_EMBEDDINGS,), uses_gpu=True, help="pictures and video frames"
+    "vision_encoder",
+    (VISION_FEATURES, CANCEL),
+    (VISION_EMBEDDINGS, VISION_ERROR),
+    uses_gpu=True,
+    help="pictures and video frames",
+    error_output=VISION_ERROR.name,
 )
-AUDIO_ENCODER = StageSpec("audio_encoder", (AUDIO_FEATURES, CANCEL), (AUDIO_EMBEDDINGS,), uses_gpu=True, help="sounds")
+AUDIO_ENCODER = StageSpec(
+    "audio_encoder",
+    (AUDIO_FEATURES, CANCEL),
+    (AUDIO_EMBEDDINGS, AUDIO_ERROR),
+    uses_gpu=True,
+    help="sounds",
+    error_output=AUDIO_ERROR.name,
+)
 LANGUAGE_MODEL = StageSpec(
     "language_model",
-    (INPUT_IDS, POSITION_IDS, PLAN, VISION_EMBEDDINGS, AUDIO_EMBEDDINGS, CANCEL, RENEW),
+    (INPUT_IDS, POSITION_IDS, PLAN, VISION_EMBEDDINGS, AUDIO_EMBEDDINGS, VISION_ERROR, AUDIO_ERROR, CANCEL, RENEW),
     DELTA,
     decoupled=True,
     uses_gpu=True,
     help="continuous batching with a paged KV cache",
+    error_inputs=(VISION_ERROR.name, AUDIO_ERROR.name),
 )
 STAGES = {spec.name: spec for spec in (PREPROCESS, VISION_ENCODER, AUDIO_ENCODER, LANGUAGE_MODEL)}
 
@@ -113,11 +139,25 @@ CHAT = EnsembleSpec(
             {"request": "request", "media": "media"},
             {n: n for n in ("input_ids", "position_ids", "plan", "vision_features", "audio_features")},
         ),
-        Step("vision_encoder", {"vision_features": "vision_features"}, {"vision_embeddings": "vision_embeddings"}),
-        Step("audio_encoder", {"audio_features": "audio_features"}, {"audio_embeddings": "audio_embeddings"}),
+        Step(
+            "vision_encoder",
+            {"vision_features": "vision_features"},
+            {n: n for n in ("vision_embeddings", "vision_error")},
+        ),
+        Step(
+            "audio_encoder",
+            {"audio_features": "audio_features"},
+            {n: n for n in ("audio_embeddings", "audio_error")},
+        ),
         Step(
             "language_model",
-            {n: n for n in ("input_ids", "position_ids", "plan", "vision_embeddings", "audio_embeddings")},
+            {
+                n: n
+                for n in (
+                    *("input_ids", "position_ids", "plan"),
+                    *("vision_embeddings", "vision_error", "audio_embeddings", "audio_error"),
+                )
+            },
             _DELTA_MAP,
         ),
     ),
