@@ -63,7 +63,7 @@ def meta_model(cls: Any, folder: Path) -> Any:
 def load_part(
     cls: Any,
     folder: Path,
-    drop: Callable[[Any], Sequence[str]],
+    keep: Callable[[Any], Sequence[str]],
     *,
     part: str,
     device: str,
@@ -74,7 +74,7 @@ def load_part(
     Args:
         cls: the transformers model class.
         folder: the checkpoint.
-        drop: (model on the meta device) -> dotted paths of the modules to leave out.
+        keep: (model on the meta device) -> dotted paths of the modules to load; others with weights are left out.
         part: what is loaded, for messages.
         device: torch device.
         dtype: of the weights.
@@ -83,7 +83,7 @@ def load_part(
         TriptychError: STAGE_FAILED naming weights that are missing, MODEL_NOT_FOUND where there are no weight files.
     """
     try:
-        model, info = _partial_class(cls, drop).from_pretrained(
+        model, info = _partial_class(cls, keep).from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except OSError as error:
@@ -105,11 +105,11 @@ def load_part(
     return model.eval().requires_grad_(False).to(device)
 
 
-def _partial_class(cls: Any, drop: Callable[[Any], Sequence[str]]) -> Any:
+def _partial_class(cls: Any, keep: Callable[[Any], Sequence[str]]) -> Any:
     class Partial(cls):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            paths = drop(self)
+            paths = _others(self, keep(self))
             for path in paths:
                 parent, _, leaf = path.rpartition(".")
                 owner = self.get_submodule(parent)
@@ -121,6 +121,27 @@ def _partial_class(cls: Any, drop: Callable[[Any], Sequence[str]]) -> Any:
     # transformers looks up key conversions by class name, and skips them for classes from elsewhere.
     Partial.__name__, Partial.__qualname__, Partial.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     return Partial
+
+
+def _others(model: nn.Module, keep: Sequence[str]) -> list[str]:
+    """Paths of the largest modules that have weights and hold nothing of what is kept."""
+    found: list[str] = []
+
+    def walk(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = prefix + name
+            if path in keep:
+                continue
+            if any(kept.startswith(f"{path}.") for kept in keep):
+                walk(child, f"{path}.")
+            elif next(child.parameters(), None) is not None:
+                found.append(path)
+
+    for path in keep:
+        # Raises where there is no such module.
+        model.get_submodule(path)
+    walk(model, "")
+    return found
 
 
 def _forget_ties(model: Any, gone: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -259,13 +259,24 @@ class TransformersFamily(ABC):
         """See :meth:`.base.Family.load_encoder`."""
         if encoder not in self.towers:
             raise TriptychError(ErrorKind.UNSUPPORTED, f"{self.checkpoint.model_type} has no {encoder} encoder")
-        model = self._load(self.towers[encoder], f"{encoder} encoder", device, dtype)
+
+        def keep(model: Any) -> list[str]:
+            prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+            return [prefix + name for name in self.towers[encoder]]
+
+        model = self._load(keep, f"{encoder} encoder", device, dtype)
         return self.encoder_classes[encoder](model, device, dtype)
 
     def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
         """See :meth:`.base.Family.load_decoder`."""
-        model = self._load(("language_model", "lm_head"), "language model", device, dtype)
-        text_model, table = model.base_model.language_model, model.get_input_embeddings()
+
+        def keep(model: Any) -> list[str]:
+            # Where the text model lives differs from one version of transformers to the next.
+            text = model.get_decoder()
+            return ["lm_head", *(path for path, module in model.named_modules() if module is text)]
+
+        model = self._load(keep, "language model", device, dtype)
+        text_model, table = model.get_decoder(), model.get_input_embeddings()
 
         def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
             # Placeholder ids may lie outside the table; their rows are replaced anyway.
@@ -284,18 +295,9 @@ class TransformersFamily(ABC):
             num_axes=3 if hasattr(model.base_model, "get_rope_index") else 1,
         )
 
-    def _load(self, keep: Sequence[str], part: str, device: str, dtype: torch.dtype) -> Any:
-        def drop(model: Any) -> list[str]:
-            base, prefix = model.base_model, f"{model.base_model_prefix}."
-            children = [
-                prefix + name
-                for name, child in base.named_children()
-                if name not in keep and next(child.parameters(), None) is not None
-            ]
-            return children if "lm_head" in keep else [*children, "lm_head"]
-
+    def _load(self, keep: Callable[[Any], Sequence[str]], part: str, device: str, dtype: torch.dtype) -> Any:
         return load_part(
-            model_class(self.model_class), self.checkpoint.folder, drop, part=part, device=device, dtype=dtype
+            model_class(self.model_class), self.checkpoint.folder, keep, part=part, device=device, dtype=dtype
         )
 
 
