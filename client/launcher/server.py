@@ -28,6 +28,7 @@ from .runtime import RuntimeFolder
 
 HOST = "127.0.0.1"
 GRACE_S = 10.0
+LOAD_ATTEMPTS = 3
 EXIT_TIMEOUT_S = 5
 CUDA_POOL_BYTES = 512 * 2**20
 _POLL_S = 0.05
@@ -153,15 +154,26 @@ class TritonServer:
         Raises:
             LauncherError: it could not load (with the stage's own message).
         """
-        self._post(f"/v2/repository/models/{model}/load", timeout_s=None)
+        for attempt in range(LOAD_ATTEMPTS):
+            # the server loads a model that it has already only if a file of it is newer, and keeps the old processes
+            # if that file is config.pbtxt
+            if self._folder is not None:
+                (self._folder.path / "models" / model / "1" / "loaded").touch()
+            try:
+                self._post(f"/v2/repository/models/{model}/load", timeout_s=None)
+                return
+            except LauncherError as error:
+                # the server gives a process up that shows no sign of life for a second, as on a busy machine it may
+                if attempt + 1 == LOAD_ATTEMPTS or "is not healthy" not in error.message:
+                    raise
 
     def alive(self) -> bool:
         """Whether the server process runs (its stages may be dead; see :meth:`stage_pids`)."""
         return self._guard is not None and self._guard.poll() is None and _running(self.pid)
 
     def stage_pids(self) -> dict[str, int]:
-        """The living process of each stage; of a stage with several, the first."""
-        found: dict[str, int] = {}
+        """The living process of each stage; of a stage with several, the one started last."""
+        found: dict[str, tuple[int, int]] = {}
         for pid, arguments in _children(self.pid):
             if not arguments or Path(arguments[0]).name != STUB:
                 continue
@@ -169,8 +181,8 @@ class TritonServer:
             for argument in arguments[1:]:
                 match = re.fullmatch(r"(\w+?)_\d+_\d+", argument)
                 if match and match[1] in STAGES:
-                    found[match[1]] = min(pid, found.get(match[1], pid))
-        return found
+                    found[match[1]] = max((_started(pid), pid), found.get(match[1], (0, 0)))
+        return {stage: pid for stage, (_, pid) in found.items()}
 
     def stop(self) -> None:
         """Stop the server, its stages and the guard; safe to call twice."""
@@ -342,6 +354,14 @@ def _running(pid: int) -> bool:
     except (OSError, IndexError):
         return False
     return state not in "ZX"
+
+
+def _started(pid: int) -> int:
+    """When a process was started, in clock ticks since boot; 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError):
+        return 0
 
 
 def _children(pid: int) -> Iterable[tuple[int, list[str]]]:

@@ -147,7 +147,7 @@ def scripted_classes() -> dict[str, str]:
     return {stage: f"{Path(__file__).with_name('scripted_stage.py')}:{name}" for stage, name in SCRIPTED.items()}
 
 
-def start(server: TritonServer, said: list[str] | None = None) -> Client:
+def start_server(server: TritonServer, said: list[str] | None = None) -> Client:
     """Start and load; what the progress callback is told goes to ``said``."""
     server.start()
     try:
@@ -156,6 +156,12 @@ def start(server: TritonServer, said: list[str] | None = None) -> Client:
         server.stop()
         raise
     return Client(server)
+
+
+@pytest.fixture
+def start() -> Callable[..., Client]:
+    """Start a server, load its models and give a client of it."""
+    return start_server
 
 
 @pytest.fixture
@@ -180,6 +186,6 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     server = TritonServer(
         find_server(), SCRIPTED_SETTINGS, embedding_dtype="BF16", stage_classes=scripted_classes(), log=log
     )
-    client = start(server)
+    client = start_server(server)
     yield client
     server.stop()

@@ -26,8 +26,10 @@ class Scripted(Stage):
 
     def __init__(self, settings: Settings, telemetry: Telemetry, device: str) -> None:
         super().__init__(settings, telemetry, device)
-        if (where := os.environ.get("SCRIPTED_REFUSES")) and where == type(self).__name__:
+        if os.environ.get("SCRIPTED_REFUSES") == type(self).__name__:
             raise TriptychError(ErrorKind.UNSUPPORTED, "this stage was told not to load; tell it otherwise")
+        if os.environ.get("SCRIPTED_BREAKS") == type(self).__name__:
+            raise ZeroDivisionError("broken as told")
         self.cancelled: set[str] = set()
         self.renewed: list[str] = []
 
