@@ -86,6 +86,7 @@ class PreprocessStage(Stage):
         self._text_threads = ThreadPoolExecutor(_TEXT_THREADS, "triptych-text")
         self._media_threads = ThreadPoolExecutor(max(2, cpus), "triptych-media")
         self._jobs: set[_Job] = set()
+        self._warm_up: asyncio.Future[None] | None = None
         self._waiting = 0
         self._closed = False
         self._loop = asyncio.new_event_loop()
@@ -131,12 +132,15 @@ class PreprocessStage(Stage):
                 await self._pool.close()
                 raise
         if "audio" in self._preprocessor.modalities:
-            # the resampler takes seconds to import, which the first request should not pay
-            await self._loop.run_in_executor(self._media_threads, _warm_up_audio)
+            # the resampler takes seconds to import, which neither start-up nor the first request should wait for
+            self._warm_up = self._loop.run_in_executor(self._media_threads, _warm_up_audio)
+            self._warm_up.add_done_callback(_report)
         self._heart = self._loop.create_task(self._beat())
 
     async def _shut(self) -> None:
         self._heart.cancel()
+        if self._warm_up is not None:
+            self._warm_up.cancel()
         tasks = []
         for job in self._jobs:
             job.reason = _shut_down()
@@ -343,6 +347,11 @@ def _warm_up_audio() -> None:
     from ..media.audio import to_audio
 
     to_audio(np.ones(160, np.float32), 8000, 16000)
+
+
+def _report(warm_up: asyncio.Future[None]) -> None:
+    if not warm_up.cancelled() and (problem := warm_up.exception()) is not None:
+        _log.error("sounds cannot be resampled", exc_info=problem)
 
 
 def _text(item: Any) -> str:

@@ -330,6 +330,16 @@ def test_tls_checks_the_name_not_the_address(web: Any, certificate: Path) -> Non
     assert fetch(f"https://media.example:{web.port}/a", **options) == BODY
     assert asked[0] == "media.example"
     assert "certificate" in refused(f"https://other.example:{web.port}/a", **options).message
+
+    async def one_after_the_other() -> None:
+        fetcher = Fetcher(10**6, **options)
+        assert await fetcher.fetch(f"https://media.example:{web.port}/a", 20) == BODY
+        # a connection that was kept would have been checked for the first name only
+        with pytest.raises(TriptychError, match="certificate"):
+            await fetcher.fetch(f"https://other.example:{web.port}/a", 20)
+        await fetcher.close()
+
+    asyncio.run(one_after_the_other())
     # the usual authorities do not know this certificate
     options.pop("tls")
     assert "certificate" in refused(f"https://media.example:{web.port}/a", **options).message

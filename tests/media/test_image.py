@@ -102,6 +102,15 @@ def test_16_bit_grey(fmt: str) -> None:
     assert pixels(encode(PILImage.fromarray(samples), fmt))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+def test_big_endian_16_bit_tiff() -> None:
+    samples = np.array([[0, 0x0180, 0x8000, 0xFFFF]], ">u2")
+    head = b"MM\0*" + struct.pack(">I", 8)
+    tags = [(256, 4, 4), (257, 4, 1), (258, 3, 16 << 16), (259, 3, 1 << 16), (262, 3, 1 << 16)]
+    tags += [(273, 4, 8 + 2 + 8 * 12 + 4), (278, 4, 1), (279, 4, 8)]
+    directory = struct.pack(">H", len(tags)) + b"".join(struct.pack(">HHII", t, k, 1, v) for t, k, v in tags)
+    assert pixels(head + directory + bytes(4) + samples.tobytes())[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
 def test_other_modes() -> None:
     assert pixels(encode(PILImage.new("L", (2, 2), 77)))[0, 0].tolist() == [77] * 3
     assert pixels(encode(PILImage.new("1", (2, 2), 1)))[0, 0].tolist() == [255] * 3

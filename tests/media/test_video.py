@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image as PILImage
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.families.base import FrameSampling
 from triptych.python_models.media import video
@@ -134,6 +136,15 @@ def test_other_containers(decode: Decode, make_clip: Make, container: str, codec
     assert info.total_frames == 10
     assert info.duration_s == pytest.approx(1.0, abs=0.11)
     assert np.abs(frames[:, 36, 48, 0].astype(int) - 20 * np.arange(10)).max() <= 12
+
+
+def test_animated_gif(decode: Decode) -> None:
+    out = io.BytesIO()
+    pictures = [PILImage.new("RGB", (20, 10), (40 * k, 0, 0)) for k in range(5)]
+    pictures[0].save(out, "GIF", save_all=True, append_images=pictures[1:], duration=200)
+    info, frames = decode(out.getvalue(), every(5))
+    assert (info.total_frames, info.duration_s) == (5, pytest.approx(1.0))
+    assert frames[:, 5, 5, 0].tolist() == [0, 40, 80, 120, 160]
 
 
 @pytest.mark.parametrize(("degrees", "corner"), [(0, (0, 0)), (90, (0, 1)), (180, (1, 1)), (270, (1, 0))])
