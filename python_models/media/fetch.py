@@ -65,12 +65,13 @@ class Fetcher:
         """Close all connections."""
         await self._transport.aclose()
 
-    async def fetch(self, url: str, timeout_s: float) -> bytes:
+    async def fetch(self, url: str, timeout_s: float, take: Callable[[int], None] = lambda size: None) -> bytes:
         """The body behind ``url``.
 
         Args:
             url: http or https.
             timeout_s: for everything: look-up, redirects, transfer.
+            take: told of every piece's size before the next one is read; what it raises ends the transfer.
 
         Raises:
             TriptychError: INVALID_REQUEST for a URL that is refused, INVALID_MEDIA where there is nothing to get,
@@ -78,18 +79,18 @@ class Fetcher:
         """
         target = _parse(url)
         try:
-            return await asyncio.wait_for(self._follow(target), timeout_s)
+            return await asyncio.wait_for(self._follow(target, take), timeout_s)
         except asyncio.TimeoutError:
             raise TriptychError(
                 ErrorKind.TIMEOUT, f"{_origin(target)} did not deliver within {timeout_s:.3g} s"
             ) from None
 
-    async def _follow(self, url: httpx.URL) -> bytes:
+    async def _follow(self, url: httpx.URL, take: Callable[[int], None]) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             response = await self._get(url)
             try:
                 if response.status_code not in _REDIRECTS:
-                    return await self._body(response, _origin(url))
+                    return await self._body(response, _origin(url), take)
                 location = response.headers.get("location", "")
             finally:
                 # the server may hang up first, and a hostile one does
@@ -147,7 +148,7 @@ class Fetcher:
                     )
         return addresses
 
-    async def _body(self, response: httpx.Response, origin: str) -> bytes:
+    async def _body(self, response: httpx.Response, origin: str, take: Callable[[int], None]) -> bytes:
         if response.status_code != 200:
             raise unreadable(f"{origin} answered {response.status_code}, not 200")
         encoding = response.headers.get("content-encoding", "identity").strip().lower()
@@ -159,6 +160,7 @@ class Fetcher:
         body = bytearray()
         try:
             async for chunk in response.aiter_raw():
+                take(len(chunk))
                 body += chunk
                 if len(body) > self._max_bytes:
                     raise self._too_large(origin)

@@ -7,6 +7,9 @@ from ..contract.errors import ErrorKind, TriptychError
 MAX_ASPECT = 200
 """Longer side / shorter side; beyond it the processors of several checkpoints divide by zero."""
 
+MAX_REQUEST_BYTES = 2 * 2**30
+"""Fetched and decoded bytes that the media of one request may take in memory."""
+
 
 def unreadable(message: str) -> TriptychError:
     """INVALID_MEDIA; the caller adds the field of the request."""

@@ -17,13 +17,10 @@ from numpy.typing import NDArray
 
 from ..contract.errors import TriptychError
 from .containers import container_of
-from .limits import check_size, too_large, unreadable
+from .limits import MAX_REQUEST_BYTES, check_size, too_large, unreadable
 
 if TYPE_CHECKING:
     from ..families.base import FrameSampling
-
-MAX_DECODED_BYTES = 2 * 2**30
-"""Of one video's sampled frames; they stand in memory at once, twice while a processor resizes them."""
 
 DECODERS = ("decord", "av")
 _READABLE = "MP4, MOV, WebM, MKV, AVI, MPEG, Ogg, FLV, ASF or GIF"
@@ -136,9 +133,9 @@ def decode_video(
     indices = frame_indices(info, sampling, max_frames)
     height, width = (info.width, info.height) if info.quarter_turns % 2 else (info.height, info.width)
     shape = (len(indices), height, width, 3)
-    if (size := int(np.prod(shape, dtype=np.int64))) > MAX_DECODED_BYTES:
+    if (size := int(np.prod(shape, dtype=np.int64))) > MAX_REQUEST_BYTES:
         raise too_large(
-            f"{len(indices)} frames of {width}x{height} pixels take {size} bytes; at most {MAX_DECODED_BYTES} are "
+            f"{len(indices)} frames of {width}x{height} pixels take {size} bytes; at most {MAX_REQUEST_BYTES} are "
             "allowed, send a shorter or smaller video"
         )
     out = allocate(shape)

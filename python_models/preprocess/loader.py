@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -19,13 +20,26 @@ from ..media.audio import NotForSoundfileError, read_with_soundfile, to_audio
 from ..media.digest import digest
 from ..media.fetch import Fetcher
 from ..media.image import decode_image
-from ..media.limits import too_large, unreadable
+from ..media.limits import MAX_REQUEST_BYTES, too_large, unreadable
 from ..media.pool import DecodePool, audio_job, decode, video_job
 from ..media.types import Audio, Image, Medium, Video
 from ..media.video import VideoInfo, frame_indices
 from ..stage import Telemetry
 
 _T = TypeVar("_T")
+
+
+@dataclass
+class Loading:
+    """The media of one request on their way.
+
+    Attributes:
+        pending: field names of media that are not decoded yet.
+        held: bytes they take in memory.
+    """
+
+    pending: set[str] = field(default_factory=set)
+    held: int = 0
 
 
 class MediaLoader:
@@ -49,16 +63,18 @@ class MediaLoader:
         self._fetcher = fetcher
         self._pool = pool
         self._threads = threads
+        self._held = 0
+        self._budget = max(MAX_REQUEST_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
 
     async def load(
-        self, parts: Sequence[tuple[str, MediaPart]], blobs: Sequence[bytes], pending: set[str]
+        self, parts: Sequence[tuple[str, MediaPart]], blobs: Sequence[bytes], loading: Loading
     ) -> list[Medium]:
         """Decode the media of a request.
 
         Args:
             parts: (field name, part) in prompt order.
             blobs: the request's raw media.
-            pending: filled with the field names of media that are not decoded yet.
+            loading: kept up to date; give it to :meth:`release` when the media are no longer needed.
 
         Raises:
             TriptychError: of the first medium that fails, naming its field; the others are given up.
@@ -68,8 +84,8 @@ class MediaLoader:
             key = (part.modality, part.url if part.blob is None else part.blob)
             if key not in tasks:
                 blob = None if part.blob is None else blobs[part.blob]
-                pending.add(where)
-                tasks[key] = asyncio.ensure_future(self._load(where, part, blob, pending))
+                loading.pending.add(where)
+                tasks[key] = asyncio.ensure_future(self._load(where, part, blob, loading))
         try:
             await asyncio.gather(*tasks.values())
         finally:
@@ -81,11 +97,33 @@ class MediaLoader:
             for where, part in parts
         ]
 
-    async def _load(self, where: str, part: MediaPart, blob: bytes | None, pending: set[str]) -> Medium:
+    def release(self, loading: Loading) -> None:
+        """The media of a request are no longer in memory."""
+        self._held -= loading.held
+        loading.held = 0
+
+    def _hold(self, loading: Loading, size: int) -> None:
+        """Count bytes against the request's and the stage's budget."""
+        loading.held += size
+        self._held += size
+        if loading.held > MAX_REQUEST_BYTES:
+            raise too_large(
+                f"with it the media of the request take more than {MAX_REQUEST_BYTES} bytes once decoded, the limit of "
+                "one request; send fewer or smaller ones"
+            )
+        if self._held > self._budget:
+            raise TriptychError(
+                ErrorKind.OVERLOADED,
+                f"the media of all requests together take more than {self._budget} bytes right now; try again later",
+            )
+
+    async def _load(self, where: str, part: MediaPart, blob: bytes | None, loading: Loading) -> Medium:
         start = time.monotonic()
         try:
             if blob is None:
-                blob = await self._fetcher.fetch(part.url or "", self._settings.mm_per_request_timeout)
+                blob = await self._fetcher.fetch(
+                    part.url or "", self._settings.mm_per_request_timeout, lambda size: self._hold(loading, size)
+                )
             if not blob:
                 raise unreadable(f"the {part.modality} has 0 bytes")
             if len(blob) > self._settings.max_media_bytes:
@@ -99,6 +137,7 @@ class MediaLoader:
                 data = await self._video(blob)
             else:
                 data = await self._audio(blob)
+            self._hold(loading, _size(data))
             content = await self._in_thread(lambda: digest(data))
         except TriptychError as error:
             if error.param is None:
@@ -111,7 +150,7 @@ class MediaLoader:
         self._telemetry.add("triptych_media_items_total", 1, modality=part.modality)
         self._telemetry.add("triptych_media_bytes_total", len(blob), modality=part.modality)
         self._telemetry.observe("triptych_media_decode_seconds", time.monotonic() - start, modality=part.modality)
-        pending.discard(where)
+        loading.pending.discard(where)
         return Medium(part.modality, data, content, where)
 
     async def _video(self, blob: bytes) -> Video:
@@ -140,3 +179,10 @@ class MediaLoader:
 
     def _in_thread(self, work: Callable[[], _T]) -> Awaitable[_T]:
         return asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _size(data: Image | Video | Audio) -> int:
+    """Bytes of the decoded content."""
+    if isinstance(data, Image):
+        return 3 * data.pixels.width * data.pixels.height
+    return data.frames.nbytes if isinstance(data, Video) else data.samples.nbytes

@@ -29,7 +29,7 @@ from ..media.fetch import Fetcher
 from ..media.pool import DecodePool
 from ..media.types import Medium
 from ..stage import Responder, Stage, Telemetry
-from .loader import MediaLoader
+from .loader import Loading, MediaLoader
 
 _T = TypeVar("_T")
 
@@ -241,19 +241,20 @@ class PreprocessStage(Stage):
                 f"{self.settings.max_queued_requests} may, try again later",
             )
         await self._admit()
-        pending: set[str] = set()
+        loading = Loading()
         try:
             # prepare() and decoders cannot be interrupted: what they give after the deadline is dropped
             limit = self.settings.mm_per_request_timeout
-            return await asyncio.wait_for(self._with_media(request, blobs, pending), limit)
+            return await asyncio.wait_for(self._with_media(request, blobs, loading), limit)
         except asyncio.TimeoutError:
             raise TriptychError(
                 ErrorKind.TIMEOUT,
-                f"{', '.join(sorted(pending)) or 'the media of the request'}: not fetched and processed within "
+                f"{', '.join(sorted(loading.pending)) or 'the media of the request'}: not fetched and processed within "
                 f"{limit:g} s (mm_per_request_timeout)",
-                min(pending, default=None),
+                min(loading.pending, default=None),
             ) from None
         finally:
+            self._loader.release(loading)
             self._slots.release()
 
     async def _admit(self) -> None:
@@ -266,8 +267,8 @@ class PreprocessStage(Stage):
             self._waiting -= 1
             self.telemetry.add("triptych_requests_waiting", -1)
 
-    async def _with_media(self, request: ChatRequest, blobs: Sequence[bytes], pending: set[str]) -> dict[str, Any]:
-        media = await self._loader.load(list(request.media()), blobs, pending)
+    async def _with_media(self, request: ChatRequest, blobs: Sequence[bytes], loading: Loading) -> dict[str, Any]:
+        media = await self._loader.load(list(request.media()), blobs, loading)
         return await self._in(self._media_threads, lambda: self._prepare(request, media))
 
     def _check(self, request: ChatRequest, blobs: Sequence[bytes]) -> None:

@@ -28,6 +28,7 @@ from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import PREPROCESS
 from triptych.python_models.families.base import FrameSampling, Prepared
 from triptych.python_models.media.types import Audio, Image, Medium, Video
+from triptych.python_models.preprocess import loader
 from triptych.python_models.preprocess.stage import PreprocessStage
 
 Make = Callable[..., bytes]
@@ -415,6 +416,34 @@ def test_queue_limit(make: Callable[..., Running], web: Any) -> None:
     until(lambda: running.counted("triptych_requests_waiting") == 2)
     assert running.start([blob("image")], png()).error.kind is ErrorKind.OVERLOADED
     running.start("text still works").ok  # noqa: B018
+
+
+def test_memory_budget_of_a_request(make: Callable[..., Running], web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "MAX_REQUEST_BYTES", 3 * 100 * 100 * 3)
+    running = make()
+    parts = [blob("image", k) for k in range(4)]
+    pictures = [png((100, 100), (k, 0, 0)) for k in range(4)]
+    assert running.start(parts[:3], *pictures[:3]).ok
+    error = running.start(parts, *pictures).error
+    assert (error.kind, error.kind.status) == (ErrorKind.TOO_LARGE, 413)
+    assert "90000 bytes" in error.message
+    # what is fetched counts while it arrives
+    assert running.start([url("image", web.serve("/a", bytes(90_001)))]).error.kind is ErrorKind.TOO_LARGE
+    assert running.stage._loader._held == 0
+    assert running.start(parts[:3], *pictures[:3]).ok
+
+
+def test_memory_budget_of_the_stage(make: Callable[..., Running]) -> None:
+    running = make()
+    running.stage._loader._budget = 3 * 100 * 100
+    running.letters.gate.clear()
+    held = running.start([blob("image")], png((100, 100)))
+    until(lambda: running.stage._loader._held == 3 * 100 * 100)
+    assert running.start([blob("image")], png()).error.kind is ErrorKind.OVERLOADED
+    running.letters.gate.set()
+    assert held.ok
+    assert running.stage._loader._held == 0
+    running.check_healthy()
 
 
 def test_text_never_waits_behind_media(make: Callable[..., Running], web: Any) -> None:

@@ -172,7 +172,7 @@ def test_limits(decode: Decode, make_clip: Make, monkeypatch: pytest.MonkeyPatch
     assert error.kind is ErrorKind.TOO_LARGE
     assert "64x48" in error.message
     assert decode(data, every(10), max_frames=4)[1].shape[0] == 4
-    monkeypatch.setattr(video, "MAX_DECODED_BYTES", 64 * 48 * 3 * 4 - 1)
+    monkeypatch.setattr(video, "MAX_REQUEST_BYTES", 64 * 48 * 3 * 4 - 1)
     assert decode.refused(data).kind is ErrorKind.TOO_LARGE
 
 
