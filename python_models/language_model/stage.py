@@ -15,7 +15,8 @@ from ..families.checkpoint import find_checkpoint
 from ..families.loading import stage_dtype
 from ..families.registry import load_family
 from ..stage import Responder, Stage, Telemetry
-from .engine.engine import Engine, EngineConfig, Submission
+from .engine.config import EngineConfig
+from .engine.engine import Engine, Submission
 from .engine.runner import DecoderRunner
 from .inputs import names, read_plan, read_prompt
 from .sizing import kv_blocks
@@ -43,7 +44,7 @@ class LanguageModelStage(Stage):
             dtype = stage_dtype(find_checkpoint(settings), settings, device)
             decoder = load_family(settings).load_decoder(device, dtype)
         self._num_axes = decoder.num_axes
-        runner = DecoderRunner(decoder, settings.block_size, device)
+        self._runner = runner = DecoderRunner(decoder, settings.block_size, device)
         context_length = _context_length(settings, decoder)
         num_blocks = kv_blocks(settings, runner.bytes_per_token, context_length, device)
         runner.allocate(num_blocks)
@@ -105,6 +106,7 @@ class LanguageModelStage(Stage):
     def close(self) -> None:
         """See :class:`~triptych.python_models.stage.Stage`."""
         self.engine.close()
+        self._runner.free()
 
 
 def _context_length(settings: Settings, decoder: Decoder) -> int:

@@ -19,7 +19,8 @@ from triptych.python_models.contract.sampling import SamplingParams
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families import torchvision_fix
 from triptych.python_models.families.base import Decoder
-from triptych.python_models.language_model.engine.engine import Engine, EngineConfig, Submission
+from triptych.python_models.language_model.engine.config import EngineConfig
+from triptych.python_models.language_model.engine.engine import Engine, Submission
 from triptych.python_models.language_model.engine.request import Prompt, Slice
 from triptych.python_models.language_model.stage import LanguageModelStage
 

@@ -9,8 +9,6 @@ from triptych.python_models.language_model.engine.blocks import BlockPool, OutOf
 from triptych.python_models.language_model.engine.request import Limits, Prompt, Request
 from triptych.python_models.language_model.engine.scheduler import Scheduler
 
-_ARRIVALS = iter(range(1_000_000))
-
 
 def request(length, first=0, block_size=4):
     ids = np.arange(first, first + length, dtype=np.int64)
@@ -23,7 +21,6 @@ def request(length, first=0, block_size=4):
         detokenizer=None,
         sampler=None,
         block_size=block_size,
-        arrival=float(next(_ARRIVALS)),
     )
 
 

@@ -111,15 +111,19 @@ class KVCache:
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
-        self._pages = {
-            layer: tuple(torch.zeros(num_blocks + 1, block_size, *shape, dtype=dtype, device=device) for shape in pair)
-            for layer, pair in shapes.items()
-        }
+        self._pages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._slots: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for layer, (key, value) in shapes.items():
+            keys = torch.zeros(num_blocks + 1, block_size, *key, dtype=dtype, device=device)
+            values = torch.zeros(num_blocks + 1, block_size, *value, dtype=dtype, device=device)
+            self._pages[layer] = keys, values
+            self._slots[layer] = keys.flatten(0, 1), values.flatten(0, 1)
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store key [Hk, T, D] and value [Hk, T, Dv] in slots int64 [T]."""
-        for pages, new in zip(self._pages[layer], (key, value), strict=True):
-            pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, new.transpose(0, 1).to(pages.dtype))
+        keys, values = self._slots[layer]
+        keys.index_copy_(0, slots, key.transpose(0, 1))
+        values.index_copy_(0, slots, value.transpose(0, 1))
 
     def scrub(self, blocks: Sequence[int]) -> None:
         """Zero blocks, so that a NaN left in them cannot reach their next owner through masked places."""
@@ -130,10 +134,9 @@ class KVCache:
 
     def read(self, layer: int, blocks: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks int64 [batch * n] -> keys [batch, Hk, n * block_size, D] and values likewise."""
-        first, second = (
-            pages.index_select(0, blocks).view(batch, -1, *pages.shape[2:]).transpose(1, 2)
-            for pages in self._pages[layer]
-        )
+        keys, values = self._pages[layer]
+        found = keys.index_select(0, blocks), values.index_select(0, blocks)
+        first, second = (part.view(batch, -1, *part.shape[2:]).transpose(1, 2) for part in found)
         return first, second
 
 

@@ -20,6 +20,7 @@ from ...contract.errors import ErrorKind, TriptychError
 from ...contract.sampling import SamplingParams
 from ...stage import Responder, Telemetry
 from .blocks import BlockPool
+from .config import EngineConfig
 from .detokenizer import Detokenizer, Tokenizer, Vocabulary
 from .request import Limits, Prompt, Request, draw_seed
 from .runner import Runner
@@ -28,46 +29,9 @@ from .scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-STAGE = "language_model"
+_STAGE = "language_model"
 _CHECK_S = 0.05
 _CLOSE_S = 30.0
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """The engine's limits, resolved.
-
-    Attributes:
-        num_blocks, block_size: the KV cache: blocks, and tokens in each.
-        context_length: longest prompt and answer together.
-        max_running: requests that are computed together.
-        max_queued: requests that may wait beside them.
-        max_step_tokens: tokens computed in one step.
-        heartbeat_s: a request that had nothing to say for this long sends an empty delta.
-        timeout_s: a request ends after this long.
-        eos_token_ids: tokens that end an answer.
-    """
-
-    num_blocks: int
-    block_size: int
-    context_length: int
-    max_running: int
-    max_queued: int
-    max_step_tokens: int
-    heartbeat_s: float
-    timeout_s: float
-    eos_token_ids: frozenset[int]
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
-        return self.num_blocks * self.block_size
-
-    @property
-    def max_length(self) -> int:
-        """Longest prompt and answer that one request can have here."""
-        # the token sampled last is never computed, so it takes no room
-        return min(self.context_length, self.kv_tokens + 1)
 
 
 @dataclass(frozen=True)
@@ -152,7 +116,7 @@ class Engine:
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
             raise TriptychError(
-                ErrorKind.STAGE_FAILED, f"the engine's thread is still in a step after {_CLOSE_S:g} s", None, STAGE
+                ErrorKind.STAGE_FAILED, f"the engine's thread is still in a step after {_CLOSE_S:g} s", None, _STAGE
             )
 
     def check(self) -> None:
@@ -166,7 +130,7 @@ class Engine:
             TriptychError: CONTEXT_LENGTH_EXCEEDED or INVALID_REQUEST.
         """
         config, params, prompt = self.config, submission.sampling, submission.prompt
-        max_tokens = self._max_tokens(len(prompt), params.max_tokens)
+        max_tokens = config.max_tokens(len(prompt), params.max_tokens)
         vocab_size = self._runner.vocab_size
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token_id in ids:
@@ -196,35 +160,6 @@ class Engine:
             last_sent=now,
         )
 
-    def _max_tokens(self, length: int, wanted: int | None) -> int:
-        config = self.config
-        if length < 1:
-            raise TriptychError(ErrorKind.INVALID_REQUEST, "the prompt is empty", "messages")
-        if length >= config.context_length:
-            raise TriptychError(
-                ErrorKind.CONTEXT_LENGTH_EXCEEDED,
-                f"the prompt has {length} tokens, media included, but the context length is {config.context_length} "
-                "tokens for prompt and answer together",
-                "messages",
-            )
-        if wanted is not None and length + wanted > config.context_length:
-            raise TriptychError(
-                ErrorKind.CONTEXT_LENGTH_EXCEEDED,
-                f"the prompt has {length} tokens and max_tokens is {wanted}, together {length + wanted}, but the "
-                f"context length is {config.context_length} tokens; max_tokens may be {config.context_length - length}",
-                "max_tokens",
-            )
-        room = config.max_length - length
-        if room < 1 or (wanted is not None and wanted > room):
-            asked = "" if wanted is None else f" and max_tokens {wanted}"
-            raise TriptychError(
-                ErrorKind.CONTEXT_LENGTH_EXCEEDED,
-                f"the prompt's {length} tokens{asked} can never fit into the KV cache of {config.kv_tokens} tokens; "
-                "ask for less, or start the server with a larger kv_cache_tokens",
-                "messages" if room < 1 else "max_tokens",
-            )
-        return room if wanted is None else wanted
-
     def _enter(self) -> None:
         """Count a request in.
 
@@ -233,7 +168,7 @@ class Engine:
         """
         with self._wake:
             if self._closing:
-                raise TriptychError(ErrorKind.STAGE_DEAD, "the language model is shutting down", None, STAGE)
+                raise TriptychError(ErrorKind.STAGE_DEAD, "the language model is shutting down", None, _STAGE)
             room = self.config.max_running + self.config.max_queued
             if self._in_flight >= room:
                 raise TriptychError(
@@ -241,7 +176,7 @@ class Engine:
                     f"the language model is full: {self.config.max_running} requests may run and "
                     f"{self.config.max_queued} wait; try again later",
                     None,
-                    STAGE,
+                    _STAGE,
                 )
             self._in_flight += 1
 
@@ -264,7 +199,7 @@ class Engine:
                     logger.exception("the engine failed outside of a request")
                     self._fail_all(_stage_failed(error))
             self._run_commands()
-            self._fail_all(TriptychError(ErrorKind.STAGE_DEAD, "the language model was stopped", None, STAGE))
+            self._fail_all(TriptychError(ErrorKind.STAGE_DEAD, "the language model was stopped", None, _STAGE))
 
     def _wait(self) -> bool:
         """Sleep while there is nothing to do; False when closing."""
@@ -411,7 +346,7 @@ class Engine:
             self._finish(request, Delta(answer, ids, known, finish, matched, request.usage()))
 
     def _advance_text(self, request: Request, token_id: int) -> tuple[str, str | int | None, str]:
-        """Finish reason, what matched, and new text after a token."""
+        """Finish reason, what matched, and new text after a token; that of a token that ends the answer is left out."""
         params = request.sampling
         count = len(request.output_ids)
         ends = token_id in params.stop_token_ids or (token_id in self.config.eos_token_ids and not params.ignore_eos)
@@ -495,5 +430,5 @@ def _stage_failed(error: Exception) -> TriptychError:
         ErrorKind.STAGE_FAILED,
         f"the language model failed on this request: {type(error).__name__}: {error}",
         None,
-        STAGE,
+        _STAGE,
     )

@@ -126,6 +126,7 @@ class Request:
     block_table: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     admitted_before: bool = False
+    number: int = 0
 
     renewed: float = 0.0
     last_sent: float = 0.0

@@ -114,6 +114,12 @@ class DecoderRunner:
                 "language_model",
             ) from error
 
+    def free(self) -> None:
+        """Give the KV cache's memory back; `allocate` makes a new one."""
+        self._cache = None
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.empty_cache()
+
     def run(self, slices: Sequence[Slice]) -> torch.Tensor:
         """See :class:`Runner`."""
         if self._cache is None:

@@ -41,9 +41,12 @@ class Scheduler:
         self.max_step_tokens = max_step_tokens
         self.running: list[Request] = []
         self.waiting: deque[Request] = deque()
+        self._added = 0
 
     def add(self, request: Request) -> None:
         """Queue a request; it must fit into the whole pool when alone."""
+        self._added += 1
+        request.number = self._added
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
@@ -100,7 +103,7 @@ class Scheduler:
         for request in self.running:
             if len(request.block_table) * self.pool.block_size < request.num_computed:
                 raise AssertionError(f"request {request.request_id!r} computed more tokens than it has blocks for")
-        order = [r.arrival for r in (*self.running, *self.waiting)]
+        order = [r.number for r in (*self.running, *self.waiting)]
         if order != sorted(order):
             raise AssertionError("a request overtook one that came before it")
 
