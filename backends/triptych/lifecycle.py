@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import locale
 import logging
@@ -94,6 +95,9 @@ class HostedStage:
         """
         try:
             config = ModelConfig.parse(args)
+            # the first to be registered is the last to run: everything has been said and stopped by then, and taking
+            # torch apart module by module would hold up the server's end by seconds
+            atexit.register(os._exit, 0)
             _prepare_process(config.labels)
             if config.settings.torch_threads:
                 torch.set_num_threads(config.settings.torch_threads)
