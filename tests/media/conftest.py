@@ -1,17 +1,39 @@
-"""Makers of small media files, and a loopback web server."""
+"""Makers of small media files, a loopback web server, and a preprocess stage with a preprocessor of its own."""
 
 from __future__ import annotations
 
 import http.server
 import io
+import json
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import av
 import numpy as np
+import psutil
 import pytest
 import soundfile
+from PIL import Image as PILImage
+from triptych.python_models.contract.errors import TriptychError
+from triptych.python_models.contract.features import EncoderItem
+from triptych.python_models.contract.metrics import METRICS
+from triptych.python_models.contract.plan import MediaItem
+from triptych.python_models.contract.request import MediaPart, Message, TextPart
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.families.base import FrameSampling, Prepared
+from triptych.python_models.media.types import Medium
+from triptych.python_models.preprocess.stage import PreprocessStage
+
+SECONDS = 30.0
+
+
+def png(size: tuple[int, int] = (8, 6), colour: tuple[int, int, int] = (1, 2, 3), **options: Any) -> bytes:
+    out = io.BytesIO()
+    PILImage.new("RGB", size, colour).save(out, "PNG", **options)
+    return out.getvalue()
 
 
 def clip(
@@ -130,6 +152,174 @@ class WebServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class Letters:
+    """A preprocessor: a token per character, four per medium."""
+
+    frame_sampling = FrameSampling(fps=2)
+    sampling_rate = 16000
+    context_length = 1000
+
+    def __init__(self, modalities: Sequence[str] = ("image", "video", "audio")) -> None:
+        self.modalities = frozenset(modalities)
+        self.seen: list[list[Medium]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.inside = 0
+        self.most_inside = 0
+        self.lock = threading.Lock()
+
+    def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
+        if media:
+            with self.lock:
+                self.inside += 1
+                self.most_inside = max(self.most_inside, self.inside)
+            assert self.gate.wait(SECONDS)
+            with self.lock:
+                self.inside -= 1
+                self.seen.append(list(media))
+        ids: list[int] = []
+        items: list[MediaItem] = []
+        features: dict[str, list[EncoderItem]] = {"vision": [], "audio": []}
+        rest = iter(media)
+        for message in messages:
+            for part in message.parts:
+                if isinstance(part, TextPart):
+                    if part.text == "explode":
+                        raise RuntimeError("secret detail in /home/somebody")
+                    ids += [ord(c) for c in part.text]
+                    continue
+                assert isinstance(part, MediaPart)
+                medium = next(rest)
+                assert medium.modality == part.modality
+                encoder = "audio" if part.modality == "audio" else "vision"
+                items.append(MediaItem(medium.modality, medium.digest, ((len(ids), len(ids) + 4),), encoder))
+                value = {"x": np.full(3, len(ids), np.float32)}
+                features[encoder].append(EncoderItem(medium.modality, medium.digest, 4, value))
+                ids += [0] * 4
+        length = len(ids)
+        return Prepared(np.array(ids, np.int32), np.arange(length, dtype=np.int32)[None], 7, tuple(items), features)
+
+
+class Recorder:
+    """A Telemetry that checks names and labels against the contract."""
+
+    def __init__(self) -> None:
+        self.totals: Counter[tuple[str, ...]] = Counter()
+        self.lock = threading.Lock()
+
+    def add(self, name: str, value: float = 1.0, **labels: str) -> None:
+        self._count(("counter", "gauge"), name, labels, value)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        self._count(("gauge",), name, labels, 1)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        assert value >= 0
+        self._count(("histogram",), name, labels, 1)
+
+    def _count(self, kinds: tuple[str, ...], name: str, labels: Mapping[str, str], value: float) -> None:
+        spec = METRICS[name]
+        assert spec.kind in kinds
+        assert set(labels) == set(spec.labels)
+        with self.lock:
+            self.totals[(name, *labels.values())] += value  # type: ignore[assignment]
+
+
+class Answer:
+    """A Responder that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.tensors: Mapping[str, Any] | None = None
+        self.problem: TriptychError | None = None
+        self.count = 0
+
+    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
+        assert final
+        self.count += 1
+        self.tensors = tensors
+        self.done.set()
+
+    def fail(self, error: TriptychError) -> None:
+        self.count += 1
+        self.problem = error
+        self.done.set()
+
+    @property
+    def ok(self) -> Mapping[str, Any]:
+        assert self.done.wait(SECONDS), "no answer"
+        assert self.problem is None, self.problem
+        assert self.tensors is not None
+        return self.tensors
+
+    @property
+    def error(self) -> TriptychError:
+        assert self.done.wait(SECONDS), "no answer"
+        assert self.problem is not None, "no error"
+        # what reaches a caller survives the wire and gives away no path
+        assert TriptychError.from_wire(self.problem.to_wire()) == self.problem
+        assert "/home" not in self.problem.message
+        return self.problem
+
+
+class Running:
+    """A stage with its preprocessor and telemetry."""
+
+    def __init__(self, modalities: Sequence[str], options: dict[str, Any]) -> None:
+        self.letters = Letters(modalities)
+        self.telemetry = Recorder()
+        settings = Settings(allowed_media_hosts=("127.0.0.1",), **options)
+        before = set(psutil.Process().children())
+        self.stage = PreprocessStage(settings, self.telemetry, "cpu", self.letters)
+        self.workers = set(psutil.Process().children()) - before
+
+    def submit(self, inputs: dict[str, Any], request_id: str = "") -> Answer:
+        answer = Answer()
+        self.stage.submit(request_id, inputs, answer)
+        return answer
+
+    def start(self, content: Any, *blobs: bytes, request_id: str = "", **more: Any) -> Answer:
+        request = {"messages": [{"role": "user", "content": content}], **more}
+        inputs: dict[str, Any] = {"request": [json.dumps(request).encode()]}
+        if blobs:
+            inputs["media"] = list(blobs)
+        return self.submit(inputs, request_id)
+
+    def check_healthy(self) -> None:
+        """Text and a picture still work."""
+        assert self.start("hello").ok["input_ids"].tolist() == [ord(c) for c in "hello"]
+        if "image" in self.letters.modalities:
+            assert "vision_features" in self.start([{"type": "image", "blob": 0}], png()).ok
+
+    def counted(self, *key: str) -> float:
+        return self.telemetry.totals[key]
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Running]]:
+    made: list[Running] = []
+    before = set(psutil.Process().children())
+
+    def start(modalities: Sequence[str] = ("image",), **options: Any) -> Running:
+        made.append(Running(modalities, options))
+        return made[-1]
+
+    yield start
+    for running in made:
+        running.letters.gate.set()
+        running.stage.close()
+    assert set(psutil.Process().children()) <= before
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Running]:
+    """One stage for tests that leave it as it was."""
+    running = Running(("image", "video", "audio"), {"max_media_bytes": 200_000, "max_media_items": 4})
+    yield running
+    running.check_healthy()
+    running.stage.close()
 
 
 @pytest.fixture

@@ -4,200 +4,30 @@ from __future__ import annotations
 
 import gc
 import io
-import json
 import logging
 import os
 import signal
 import threading
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from PIL import Image as PILImage
-from triptych.python_models.contract.errors import ErrorKind, TriptychError
-from triptych.python_models.contract.features import EncoderItem, unpack
-from triptych.python_models.contract.metrics import METRICS
-from triptych.python_models.contract.plan import MediaItem, Plan
-from triptych.python_models.contract.request import MediaPart, Message, TextPart
-from triptych.python_models.contract.settings import Settings
+from triptych.python_models.contract.errors import ErrorKind
+from triptych.python_models.contract.features import unpack
+from triptych.python_models.contract.plan import Plan
+from triptych.python_models.contract.request import Message
 from triptych.python_models.contract.tensors import PREPROCESS
-from triptych.python_models.families.base import FrameSampling, Prepared
+from triptych.python_models.families.base import Prepared
 from triptych.python_models.media.types import Audio, Image, Medium, Video
 from triptych.python_models.preprocess import loader
-from triptych.python_models.preprocess.stage import PreprocessStage
 
 Make = Callable[..., bytes]
 SECONDS = 30.0
-
-
-class Letters:
-    """A preprocessor: a token per character, four per medium."""
-
-    frame_sampling = FrameSampling(fps=2)
-    sampling_rate = 16000
-    context_length = 1000
-
-    def __init__(self, modalities: Sequence[str] = ("image", "video", "audio")) -> None:
-        self.modalities = frozenset(modalities)
-        self.seen: list[list[Medium]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-        self.inside = 0
-        self.most_inside = 0
-        self.lock = threading.Lock()
-
-    def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
-        if media:
-            with self.lock:
-                self.inside += 1
-                self.most_inside = max(self.most_inside, self.inside)
-            assert self.gate.wait(SECONDS)
-            with self.lock:
-                self.inside -= 1
-                self.seen.append(list(media))
-        ids: list[int] = []
-        items: list[MediaItem] = []
-        features: dict[str, list[EncoderItem]] = {"vision": [], "audio": []}
-        rest = iter(media)
-        for message in messages:
-            for part in message.parts:
-                if isinstance(part, TextPart):
-                    if part.text == "explode":
-                        raise RuntimeError("secret detail in /home/somebody")
-                    ids += [ord(c) for c in part.text]
-                    continue
-                assert isinstance(part, MediaPart)
-                medium = next(rest)
-                assert medium.modality == part.modality
-                encoder = "audio" if part.modality == "audio" else "vision"
-                items.append(MediaItem(medium.modality, medium.digest, ((len(ids), len(ids) + 4),), encoder))
-                value = {"x": np.full(3, len(ids), np.float32)}
-                features[encoder].append(EncoderItem(medium.modality, medium.digest, 4, value))
-                ids += [0] * 4
-        length = len(ids)
-        return Prepared(np.array(ids, np.int32), np.arange(length, dtype=np.int32)[None], 7, tuple(items), features)
-
-
-class Recorder:
-    """A Telemetry that checks names and labels against the contract."""
-
-    def __init__(self) -> None:
-        self.totals: Counter[tuple[str, ...]] = Counter()
-        self.lock = threading.Lock()
-
-    def add(self, name: str, value: float = 1.0, **labels: str) -> None:
-        self._count(("counter", "gauge"), name, labels, value)
-
-    def set(self, name: str, value: float, **labels: str) -> None:
-        self._count(("gauge",), name, labels, 1)
-
-    def observe(self, name: str, value: float, **labels: str) -> None:
-        assert value >= 0
-        self._count(("histogram",), name, labels, 1)
-
-    def _count(self, kinds: tuple[str, ...], name: str, labels: Mapping[str, str], value: float) -> None:
-        spec = METRICS[name]
-        assert spec.kind in kinds
-        assert set(labels) == set(spec.labels)
-        with self.lock:
-            self.totals[(name, *labels.values())] += value  # type: ignore[assignment]
-
-
-class Answer:
-    """A Responder that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.tensors: Mapping[str, Any] | None = None
-        self.problem: TriptychError | None = None
-        self.count = 0
-
-    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
-        assert final
-        self.count += 1
-        self.tensors = tensors
-        self.done.set()
-
-    def fail(self, error: TriptychError) -> None:
-        self.count += 1
-        self.problem = error
-        self.done.set()
-
-    @property
-    def ok(self) -> Mapping[str, Any]:
-        assert self.done.wait(SECONDS), "no answer"
-        assert self.problem is None, self.problem
-        assert self.tensors is not None
-        return self.tensors
-
-    @property
-    def error(self) -> TriptychError:
-        assert self.done.wait(SECONDS), "no answer"
-        assert self.problem is not None, "no error"
-        # what reaches a caller survives the wire and gives away no path
-        assert TriptychError.from_wire(self.problem.to_wire()) == self.problem
-        assert "/home" not in self.problem.message
-        return self.problem
-
-
-class Running:
-    """A stage with its preprocessor and telemetry."""
-
-    def __init__(self, modalities: Sequence[str], options: dict[str, Any]) -> None:
-        self.letters = Letters(modalities)
-        self.telemetry = Recorder()
-        settings = Settings(allowed_media_hosts=("127.0.0.1",), **options)
-        before = set(psutil.Process().children())
-        self.stage = PreprocessStage(settings, self.telemetry, "cpu", self.letters)
-        self.workers = set(psutil.Process().children()) - before
-
-    def start(self, content: Any, *blobs: bytes, request_id: str = "", **more: Any) -> Answer:
-        request = {"messages": [{"role": "user", "content": content}], **more}
-        answer = Answer()
-        inputs: dict[str, Any] = {"request": [json.dumps(request).encode()]}
-        if blobs:
-            inputs["media"] = list(blobs)
-        self.stage.submit(request_id, inputs, answer)
-        return answer
-
-    def check_healthy(self) -> None:
-        """Text and a picture still work."""
-        assert self.start("hello").ok["input_ids"].tolist() == [ord(c) for c in "hello"]
-        if "image" in self.letters.modalities:
-            assert "vision_features" in self.start([blob("image")], png()).ok
-
-    def counted(self, *key: str) -> float:
-        return self.telemetry.totals[key]
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., Running]]:
-    made: list[Running] = []
-    before = set(psutil.Process().children())
-
-    def start(modalities: Sequence[str] = ("image",), **options: Any) -> Running:
-        made.append(Running(modalities, options))
-        return made[-1]
-
-    yield start
-    for running in made:
-        running.letters.gate.set()
-        running.stage.close()
-    assert set(psutil.Process().children()) <= before
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Running]:
-    """One stage for tests that leave it as it was."""
-    running = Running(("image", "video", "audio"), {"max_media_bytes": 200_000, "max_media_items": 4})
-    yield running
-    running.check_healthy()
-    running.stage.close()
 
 
 def png(size: tuple[int, int] = (8, 6), colour: tuple[int, int, int] = (1, 2, 3), **options: Any) -> bytes:
@@ -221,7 +51,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_text(shared: Running) -> None:
+def test_text(shared: Any) -> None:
     out = shared.start(
         "hi", sampling={"temperature": 0, "max_tokens": 5, "seed": 3}, stream=False, lease_s=4, timeout_s=9
     ).ok
@@ -233,7 +63,7 @@ def test_text(shared: Running) -> None:
     assert (plan.stream, plan.lease_s, plan.timeout_s, plan.rope_delta, plan.items) == (False, 4, 9, 7, ())
 
 
-def test_every_modality_at_once(shared: Running, web: Any, make_clip: Make, make_tone: Make, make_m4a: Make) -> None:
+def test_every_modality_at_once(shared: Any, web: Any, make_clip: Make, make_tone: Make, make_m4a: Make) -> None:
     text = {"type": "text", "text": "ab"}
     address = web.serve("/a.mp4", make_clip(30, 10))
     content = [blob("image"), text, url("video", address), blob("audio", 1), blob("audio", 2)]
@@ -264,7 +94,7 @@ def test_every_modality_at_once(shared: Running, web: Any, make_clip: Make, make
     assert sound.data.sampling_rate == other.data.sampling_rate == 16000
 
 
-def test_same_content_same_digest(shared: Running, web: Any) -> None:
+def test_same_content_same_digest(shared: Any, web: Any) -> None:
     address = web.serve("/a.png", png())
     content = [blob("image"), blob("image", 1), url("image", address), blob("image", 2)]
     out = shared.start(content, png(), png(compress_level=0), png((6, 8))).ok
@@ -272,7 +102,7 @@ def test_same_content_same_digest(shared: Running, web: Any) -> None:
     assert one == two == three != other
 
 
-def test_used_twice_is_decoded_once(shared: Running, web: Any) -> None:
+def test_used_twice_is_decoded_once(shared: Any, web: Any) -> None:
     shared.letters.seen.clear()
     before = shared.counted("triptych_media_items_total", "image")
     address = web.serve("/a.png", png((5, 5)))
@@ -312,7 +142,7 @@ SILENCE = b"RIFF\x44\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0\x80>\0\0\0}\0\0\x02\0\x
         ("x" * 1000, [], "context_length_exceeded", "messages", "1000"),
     ],
 )
-def test_bad_input(shared: Running, content: Any, blobs: list[bytes], kind: str, param: str, words: str) -> None:
+def test_bad_input(shared: Any, content: Any, blobs: list[bytes], kind: str, param: str, words: str) -> None:
     error = shared.start(content, *blobs).error
     assert (error.kind.value, error.param) == (kind, param)
     assert words in error.message
@@ -322,21 +152,20 @@ def test_bad_input(shared: Running, content: Any, blobs: list[bytes], kind: str,
     shared.check_healthy()
 
 
-def test_bad_json(shared: Running) -> None:
+def test_bad_json(shared: Any) -> None:
     for text in (b"{", b"[]", b"\xff\xfe", b"{}", b'{"messages": [], "x": 1}', b"[" * 100_000):
-        answer = Answer()
-        shared.stage.submit("", {"request": [text]}, answer)
+        answer = shared.submit({"request": [text]})
         assert answer.error.kind is ErrorKind.INVALID_REQUEST
     shared.check_healthy()
 
 
-def test_first_fault_in_prompt_order_is_no_race(shared: Running) -> None:
+def test_first_fault_in_prompt_order_is_no_race(shared: Any) -> None:
     # the message names one of the faulty fields, never a good one
     error = shared.start([blob("image"), blob("audio", 1), blob("image", 2)], png(), b"bad", b"bad").error
     assert error.param in ("messages[0].content[1]", "messages[0].content[2]")
 
 
-def test_unsupported_modality(make: Callable[..., Running]) -> None:
+def test_unsupported_modality(make: Callable[..., Any]) -> None:
     running = make(("image",))
     for modality in ("video", "audio"):
         error = running.start([blob(modality)], b"x").error
@@ -346,7 +175,7 @@ def test_unsupported_modality(make: Callable[..., Running]) -> None:
     running.check_healthy()
 
 
-def test_context_length(make: Callable[..., Running]) -> None:
+def test_context_length(make: Callable[..., Any]) -> None:
     running = make(context_length=10)
     assert len(running.start("x" * 9).ok["input_ids"]) == 9
     error = running.start("x" * 10).error
@@ -359,12 +188,12 @@ def test_context_length(make: Callable[..., Running]) -> None:
     assert "context length is 10" in error.message
 
 
-def test_checkpoint_bounds_the_context_length(make: Callable[..., Running]) -> None:
+def test_checkpoint_bounds_the_context_length(make: Callable[..., Any]) -> None:
     running = make(context_length=5000)
     assert "1000" in running.start("x" * 1000).error.message
 
 
-def test_unexpected_error(shared: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_error(shared: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         error = shared.start("explode", request_id="r-77").error
     assert (error.kind, error.stage) == (ErrorKind.STAGE_FAILED, "preprocess")
@@ -373,14 +202,13 @@ def test_unexpected_error(shared: Running, caplog: pytest.LogCaptureFixture) -> 
     assert "RuntimeError: secret detail" in caplog.text
 
 
-def test_control_requests(shared: Running) -> None:
+def test_control_requests(shared: Any) -> None:
     for inputs in ({}, {"cancel": [b"nobody", b""]}):
-        answer = Answer()
-        shared.stage.submit("c", inputs, answer)
+        answer = shared.submit(inputs, "c")
         assert answer.ok == {}
 
 
-def test_concurrency_limit(make: Callable[..., Running], web: Any) -> None:
+def test_concurrency_limit(make: Callable[..., Any], web: Any) -> None:
     running = make(mm_max_concurrent_calls=3)
     address = web.stall("/slow")
     answers = [running.start([url("image", address)], request_id=f"r{k}") for k in range(8)]
@@ -397,7 +225,7 @@ def test_concurrency_limit(make: Callable[..., Running], web: Any) -> None:
     running.check_healthy()
 
 
-def test_concurrency_limit_covers_the_processor(make: Callable[..., Running]) -> None:
+def test_concurrency_limit_covers_the_processor(make: Callable[..., Any]) -> None:
     running = make(mm_max_concurrent_calls=1)
     running.letters.gate.clear()
     answers = [running.start([blob("image")], png()) for _ in range(4)]
@@ -408,7 +236,7 @@ def test_concurrency_limit_covers_the_processor(make: Callable[..., Running]) ->
     assert running.letters.most_inside == 1
 
 
-def test_queue_limit(make: Callable[..., Running], web: Any) -> None:
+def test_queue_limit(make: Callable[..., Any], web: Any) -> None:
     running = make(mm_max_concurrent_calls=1, max_queued_requests=2)
     address = web.stall("/slow")
     for k in range(3):
@@ -418,7 +246,7 @@ def test_queue_limit(make: Callable[..., Running], web: Any) -> None:
     running.start("text still works").ok  # noqa: B018
 
 
-def test_memory_budget_of_a_request(make: Callable[..., Running], web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_budget_of_a_request(make: Callable[..., Any], web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "MAX_REQUEST_BYTES", 3 * 100 * 100 * 3)
     running = make()
     parts = [blob("image", k) for k in range(4)]
@@ -433,7 +261,7 @@ def test_memory_budget_of_a_request(make: Callable[..., Running], web: Any, monk
     assert running.start(parts[:3], *pictures[:3]).ok
 
 
-def test_memory_budget_of_the_stage(make: Callable[..., Running]) -> None:
+def test_memory_budget_of_the_stage(make: Callable[..., Any]) -> None:
     running = make()
     running.stage._loader._budget = 3 * 100 * 100
     running.letters.gate.clear()
@@ -446,7 +274,7 @@ def test_memory_budget_of_the_stage(make: Callable[..., Running]) -> None:
     running.check_healthy()
 
 
-def test_text_never_waits_behind_media(make: Callable[..., Running], web: Any) -> None:
+def test_text_never_waits_behind_media(make: Callable[..., Any], web: Any) -> None:
     """32 requests hang on a URL and 8 inside the processor; text answers at once."""
     running = make(mm_max_concurrent_calls=40)
     address = web.stall("/slow")
@@ -462,7 +290,7 @@ def test_text_never_waits_behind_media(make: Callable[..., Running], web: Any) -
     assert time.monotonic() - start < 5
 
 
-def test_slow_urls_do_not_block_other_media(make: Callable[..., Running], web: Any) -> None:
+def test_slow_urls_do_not_block_other_media(make: Callable[..., Any], web: Any) -> None:
     running = make(mm_max_concurrent_calls=32)
     address = web.stall("/slow")
     for _ in range(31):
@@ -471,7 +299,7 @@ def test_slow_urls_do_not_block_other_media(make: Callable[..., Running], web: A
     assert "vision_features" in running.start([blob("image")], png()).ok
 
 
-def test_deadline(make: Callable[..., Running], web: Any) -> None:
+def test_deadline(make: Callable[..., Any], web: Any) -> None:
     running = make(mm_per_request_timeout=0.3, mm_max_concurrent_calls=1)
     address = web.stall("/slow")
     first = running.start([blob("image"), url("image", address)], png())
@@ -489,7 +317,7 @@ def test_deadline(make: Callable[..., Running], web: Any) -> None:
     assert running.counted("triptych_requests_total", "timeout") == 3
 
 
-def test_deadline_kills_a_stuck_decoder(make: Callable[..., Running], make_clip: Make) -> None:
+def test_deadline_kills_a_stuck_decoder(make: Callable[..., Any], make_clip: Make) -> None:
     running = make(("video",), mm_per_request_timeout=1.5)
     (worker,) = running.workers
     os.kill(worker.pid, signal.SIGSTOP)
@@ -499,7 +327,7 @@ def test_deadline_kills_a_stuck_decoder(make: Callable[..., Running], make_clip:
     running.check_healthy()
 
 
-def test_killed_decoder_fails_one_request(make: Callable[..., Running], make_clip: Make) -> None:
+def test_killed_decoder_fails_one_request(make: Callable[..., Any], make_clip: Make) -> None:
     running = make(("video",))
     (worker,) = running.workers
     os.kill(worker.pid, signal.SIGSTOP)
@@ -513,7 +341,7 @@ def test_killed_decoder_fails_one_request(make: Callable[..., Running], make_cli
 
 
 @pytest.mark.parametrize("how", ["method", "input"])
-def test_cancel(make: Callable[..., Running], web: Any, how: str) -> None:
+def test_cancel(make: Callable[..., Any], web: Any, how: str) -> None:
     running = make(mm_max_concurrent_calls=1)
     address = web.stall("/slow")
     fetching = running.start([url("image", address)], request_id="a")
@@ -524,8 +352,7 @@ def test_cancel(make: Callable[..., Running], web: Any, how: str) -> None:
     if how == "method":
         running.stage.cancel(["a", "b", "unknown"])
     else:
-        control = Answer()
-        running.stage.submit("z", {"cancel": [b"a", b"b", b"unknown"]}, control)
+        control = running.submit({"cancel": [b"a", b"b", b"unknown"]}, "z")
         assert control.ok == {}
     assert fetching.error.kind is waiting.error.kind is ErrorKind.CANCELLED
     assert "vision_features" in other.ok
@@ -535,7 +362,7 @@ def test_cancel(make: Callable[..., Running], web: Any, how: str) -> None:
     assert running.counted("triptych_requests_total", "cancelled") == 2
 
 
-def test_cancel_at_once(make: Callable[..., Running]) -> None:
+def test_cancel_at_once(make: Callable[..., Any]) -> None:
     """A cancel that arrives before the request's first step still gets it an answer."""
     running = make()
     for k in range(50):
@@ -546,7 +373,7 @@ def test_cancel_at_once(make: Callable[..., Running]) -> None:
     until(lambda: running.counted("triptych_requests_running") == 0)
 
 
-def test_requests_without_id_are_never_cancelled(make: Callable[..., Running]) -> None:
+def test_requests_without_id_are_never_cancelled(make: Callable[..., Any]) -> None:
     running = make()
     running.letters.gate.clear()
     answer = running.start([blob("image")], png())
@@ -556,7 +383,7 @@ def test_requests_without_id_are_never_cancelled(make: Callable[..., Running]) -
     assert answer.ok
 
 
-def test_cancel_frees_memory(make: Callable[..., Running]) -> None:
+def test_cancel_frees_memory(make: Callable[..., Any]) -> None:
     running = make()
     running.letters.gate.clear()
     kept: list[weakref.ref[Any]] = []
@@ -582,10 +409,10 @@ def test_cancel_frees_memory(make: Callable[..., Running]) -> None:
     until(freed)
 
 
-def test_close_answers_everything(web: Any) -> None:
+def test_close_answers_everything(make: Callable[..., Any], web: Any) -> None:
     before = set(psutil.Process().children())
     threads = threading.active_count()
-    running = Running(("image", "video"), {"mm_max_concurrent_calls": 2})
+    running = make(("image", "video"), mm_max_concurrent_calls=2)
     address = web.stall("/slow")
     answers = [running.start([url("image", address)]) for _ in range(5)]
     until(lambda: web.open_now == 2)
@@ -600,7 +427,7 @@ def test_close_answers_everything(web: Any) -> None:
     until(lambda: threading.active_count() <= threads)
 
 
-def test_metrics(make: Callable[..., Running]) -> None:
+def test_metrics(make: Callable[..., Any]) -> None:
     running = make(heartbeat_s=0.05)
     assert running.start("a").ok
     assert running.start([blob("image")], png()).ok
@@ -615,7 +442,7 @@ def test_metrics(make: Callable[..., Running]) -> None:
     assert running.counted("triptych_requests_running") == 0
 
 
-def test_many_at_once(make: Callable[..., Running], make_tone: Make, make_clip: Make) -> None:
+def test_many_at_once(make: Callable[..., Any], make_tone: Make, make_clip: Make) -> None:
     running = make(("image", "video", "audio"))
     sound, video = make_tone(), make_clip(4, 4)
     answers = []
