@@ -34,6 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="MiB of all request bodies that have not reached the engine (default %(default)s)",
     )
+    group.add_argument(
+        "--lease-s",
+        type=float,
+        default=10,
+        metavar="X",
+        help="the engine ends a request that the endpoint has not renewed for so long (default %(default)s)",
+    )
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     group = parser.add_argument_group("Triton server")
     group.add_argument("--tritonserver", metavar="PATH", help="program or installation folder (default: found)")

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import signal
 import socket
 import sys
@@ -158,9 +159,11 @@ class _Serving:
 
 
 def _shim_options(args: argparse.Namespace) -> ShimOptions:
-    for option in ("max_inflight_requests", "max_body_mb", "max_inflight_mb"):
-        if getattr(args, option) <= 0:
-            raise CommandError(f"--{option.replace('_', '-')} must be greater than 0, got {getattr(args, option):g}")
+    for option in ("max_inflight_requests", "max_body_mb", "max_inflight_mb", "lease_s"):
+        if not 0 < getattr(args, option) < math.inf:
+            raise CommandError(
+                f"--{option.replace('_', '-')} must be a number greater than 0, got {getattr(args, option):g}"
+            )
     if args.max_body_mb > _MAX_BODY_MB:
         raise CommandError(f"--max-body-mb must be at most {_MAX_BODY_MB}, got {args.max_body_mb:g}")
     return ShimOptions(
@@ -168,6 +171,7 @@ def _shim_options(args: argparse.Namespace) -> ShimOptions:
         max_inflight_requests=args.max_inflight_requests,
         max_body_bytes=int(args.max_body_mb * 2**20),
         max_inflight_bytes=int(args.max_inflight_mb * 2**20),
+        lease_s=args.lease_s,
     )
 
 

@@ -124,7 +124,7 @@ class Monitor:
         pause, began = self._interval_s, time.monotonic()
         while True:
             try:
-                await self._triton.load(stage)
+                await self._triton.reload(stage)
                 await self._triton.control(stage, timeout_s=self._timeout_s)
                 break
             except TriptychError as failure:

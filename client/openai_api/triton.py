@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
+from google.protobuf.json_format import MessageToJson
 from triptych.client.sdk import wire
 from triptych.client.sdk.client import rpc_error
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
@@ -64,14 +66,22 @@ class Triton:
                 ErrorKind.TIMEOUT, f"{stage} did not answer within {timeout_s:g} s", stage=stage
             ) from None
 
-    async def load(self, model: str, timeout_s: float = 600.0) -> None:
-        """Load a model (anew) through the repository API.
+    async def reload(self, stage: str, timeout_s: float = 600.0) -> None:
+        """Load a stage anew, in a new process.
+
+        The server takes a plain load of a model that it believes to be loaded for done, so the configuration is sent
+        along with a parameter that differs every time (a changed instance group alone would keep the instances).
 
         Raises:
             TriptychError: why it does not load.
         """
         try:
-            await self._stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=model), timeout=timeout_s)
+            answer = await self._stub.ModelConfig(pb.ModelConfigRequest(name=stage), timeout=10.0)
+            answer.config.parameters["loaded_ns"].string_value = str(time.time_ns())
+            request = pb.RepositoryModelLoadRequest(model_name=stage)
+            config = MessageToJson(answer.config, preserving_proto_field_name=True)
+            request.parameters["config"].string_param = config
+            await self._stub.RepositoryModelLoad(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise rpc_error(error) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.server
 import io
 import os
 import signal
@@ -30,6 +31,7 @@ COMMAND = [sys.executable, "-c", "import sys; from triptych.client.cli import ma
 NAME = "tiny-omni"
 MAX_INFLIGHT = 8
 MAX_BODY_MB = 4
+LEASE_S = 2
 STAGES = ("preprocess", "vision_encoder", "audio_encoder", "language_model")
 # Generous: the machines that run tests are small and busy.
 START_S = 180.0
@@ -61,9 +63,9 @@ class Serving:
         raise AssertionError(f"{text!r} did not appear; status {self.process.poll()}, output:\n{self.output()}")
 
     def family(self) -> list[psutil.Process]:
-        """The process and everything it started."""
+        """The process and everything living that it started."""
         root = psutil.Process(self.process.pid)
-        return [root, *root.children(recursive=True)]
+        return [root, *(p for p in root.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE)]
 
     def pid_of(self, words: str) -> int:
         """Of the one started process whose command line holds ``words``."""
@@ -155,8 +157,37 @@ def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Path:
     return tiny_checkpoint("qwen2_5_omni")
 
 
+class SlowFiles(http.server.BaseHTTPRequestHandler):
+    """``/picture.png`` at once, ``/slow.png`` after a minute."""
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/slow"):
+            # who asked is gone by then
+            time.sleep(60)
+            return
+        data = picture(9)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
 @pytest.fixture(scope="session")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def files() -> Iterator[str]:
+    """Base URL of a web server with media."""
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), SlowFiles)
+    web.daemon_threads = True
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{web.server_port}"
+    web.shutdown()
+    web.server_close()
+
+
+@pytest.fixture(scope="session")
+def server(files: str, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """One server for all tests of this folder."""
     ports = [free_port() for _ in range(2)]
     log = tmp_path_factory.mktemp("server") / "server.log"
@@ -169,6 +200,8 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         f"--metrics-port={ports[1]}",
         f"--max-inflight-requests={MAX_INFLIGHT}",
         f"--max-body-mb={MAX_BODY_MB}",
+        f"--lease-s={LEASE_S}",
+        f"--allowed-media-host={files.removeprefix('http://')}",
         f"--server-log={log}",
     ) as served:
         served.url = served.wait_for("ready: ").split()[1]
@@ -247,7 +280,12 @@ class Parts:
         staticmethod(input_audio_part),
         staticmethod(text_part),
     )
-    picture, sound, film, data_url = staticmethod(picture), staticmethod(sound), staticmethod(film), staticmethod(data_url)
+    picture, sound, film, data_url = (
+        staticmethod(picture),
+        staticmethod(sound),
+        staticmethod(film),
+        staticmethod(data_url),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,9 @@ def test_logprobs_have_openais_shape() -> None:
 
 
 def test_whole_completion() -> None:
-    whole = completion().whole([Delta(usage=Usage(3)), Delta("a", (1,)), Delta("b", (2,), (), "length", None, Usage(3, 0, 2))])
+    whole = completion().whole(
+        [Delta(usage=Usage(3)), Delta("a", (1,)), Delta("b", (2,), (), "length", None, Usage(3, 0, 2))]
+    )
     assert whole["object"] == "chat.completion"
     [choice] = whole["choices"]
     assert choice["message"] == {"role": "assistant", "content": "ab", "refusal": None}

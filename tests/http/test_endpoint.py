@@ -84,7 +84,9 @@ def test_logprobs(client: openai.OpenAI) -> None:
             assert len(item.top_logprobs) == 3
             # greedy: the chosen token is the most likely one
             assert item.top_logprobs[0].logprob == pytest.approx(item.logprob)
-            assert [top.logprob for top in item.top_logprobs] == sorted((t.logprob for t in item.top_logprobs), reverse=True)
+            assert [top.logprob for top in item.top_logprobs] == sorted(
+                (t.logprob for t in item.top_logprobs), reverse=True
+            )
 
 
 def test_a_stop_string_ends_the_answer(client: openai.OpenAI) -> None:
@@ -185,7 +187,11 @@ def test_the_sdk_gives_the_same_token_ids(server: Any, parts: Any, truth: Any) -
         for stream in (True, False):
             deltas = list(
                 client.chat(
-                    [{"role": "user", "content": content}], [parts.picture(5)], stream=stream, max_tokens=10, temperature=0
+                    [{"role": "user", "content": content}],
+                    [parts.picture(5)],
+                    stream=stream,
+                    max_tokens=10,
+                    temperature=0,
                 )
             )
             assert [token for delta in deltas for token in delta.token_ids] == expected

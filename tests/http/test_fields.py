@@ -139,7 +139,12 @@ def test_fields_that_ask_for_nothing_more_are_accepted(change: dict[str, Any]) -
         ),
         ({"messages": user({"type": "smell"})}, "messages[0].content[0].type", 400, "input_audio"),
         ({"messages": user({"type": "text", "text": 3})}, "messages[0].content[0].text", 400, "string"),
-        ({"messages": user({"type": "image_url", "image_url": "http://a/b"})}, "messages[0].content[0].image_url", 400, "object"),
+        (
+            {"messages": user({"type": "image_url", "image_url": "http://a/b"})},
+            "messages[0].content[0].image_url",
+            400,
+            "object",
+        ),
         ({"messages": user(image("data:image/png;base64,@@@"))}, "messages[0].content[0].image_url.url", 400, "base64"),
         ({"messages": user(image("data:image/png;base64,abc"))}, "messages[0].content[0].image_url.url", 400, "base64"),
         ({"messages": user(image("data:image/png;base64"))}, "messages[0].content[0].image_url.url", 400, "comma"),
@@ -194,7 +199,9 @@ def test_a_wrong_field_is_refused_by_name(change: dict[str, Any], param: str, st
     assert words in caught.value.message
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"null", b'"text"', b"42", b"\xff\xfe\x00", b"[" * 100_000, b"1" * 9999])
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[1]", b"null", b'"text"', b"42", b"\xff\xfe\x00", b"[" * 100_000, b"1" * 9999]
+)
 def test_a_body_that_is_no_object_is_refused(raw: bytes) -> None:
     with pytest.raises(TriptychError, match="JSON") as caught:
         parse(raw, "m", 10.0)
