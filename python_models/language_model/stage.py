@@ -78,6 +78,10 @@ class LanguageModelStage(Stage):
             if renewed := names(inputs, "renew"):
                 self.renew(renewed)
             if "input_ids" not in inputs:
+                if not self.engine.alive:
+                    raise TriptychError(
+                        ErrorKind.STAGE_DEAD, "the language model's engine has stopped", None, "language_model"
+                    )
                 responder.send({}, final=True)
                 return
             plan = read_plan(inputs)

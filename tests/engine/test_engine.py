@@ -263,6 +263,21 @@ def test_a_fault_of_the_engine_itself_ends_all_and_it_goes_on(make_toy, monkeypa
     assert toy.submit([1], max_tokens=5).ok()
 
 
+def test_a_lost_device_stops_the_engine(make_toy):
+    toy = make_toy()
+    running = toy.submit([1], max_tokens=9000).wait_first()
+
+    def lost(slices):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    toy.runner.fail = lost
+    error = running.wait().error
+    assert error.kind is ErrorKind.STAGE_FAILED
+    assert "device-side assert" in error.message
+    until(lambda: not toy.engine.alive)
+    assert toy.submit([1]).wait().error.kind is ErrorKind.STAGE_DEAD
+
+
 def test_close_ends_every_request(make_toy):
     toy = make_toy(max_running=1)
     running, waiting = toy.submit([1], max_tokens=9000), toy.submit([2], max_tokens=9000)
@@ -294,7 +309,7 @@ def test_metrics(make_toy):
 
 LIVES = st.lists(
     st.tuples(
-        # prompts that share beginnings, so that the prefix cache is used
+        # prompts that differ in their first token or not at all, so that the prefix cache is used
         st.integers(1, 3),
         st.integers(1, 30),
         st.integers(1, 20),
@@ -314,7 +329,7 @@ def test_random_lives_lose_no_block_and_change_no_answer(make_toy, lives, num_bl
     tight = make_toy(num_blocks=num_blocks, max_running=max_running, max_step_tokens=step_tokens, eos=0)
     answers = []
     for number, (family, length, count, fate, temperature) in enumerate(lives):
-        prompt = [(family * 7 + i * i) % 40 for i in range(length)]
+        prompt = [family, *((i * i) % 40 for i in range(1, length))]
         options = {"max_tokens": count, "temperature": temperature, "seed": number}
         answer = tight.submit(prompt, f"{number}", **options)
         answers.append((prompt, options, answer, fate))

@@ -181,6 +181,14 @@ def test_blocks_with_other_positions_are_other_blocks():
     assert set(one.block_keys(8)).isdisjoint(other.block_keys(8))
 
 
+def test_blocks_after_another_beginning_are_other_blocks():
+    positions = np.arange(8, dtype=np.int64)[None]
+    one, other = request(8), request(8)
+    other.prompt = Prompt(np.array([99, 1, 2, 3, 4, 5, 6, 7]), positions)
+    assert one.prompt.token_ids[4:].tolist() == other.prompt.token_ids[4:].tolist()
+    assert set(one.block_keys(8)).isdisjoint(other.block_keys(8))
+
+
 def test_the_check_finds_a_lost_block():
     scheduler = Scheduler(BlockPool(10, 4), 8, 100)
     one = request(10)

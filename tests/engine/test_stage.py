@@ -75,6 +75,11 @@ def test_control_requests_act_and_are_answered_with_nothing(make_tiny, recorder)
     stage.submit("", {"cancel": [b"long"], "renew": [b"x"]}, answer)
     assert answer.ok().empty_final
     assert running.wait().error.kind is ErrorKind.CANCELLED
+    # the probe of a stage whose engine has stopped is an error
+    stage.engine.close()
+    answer = recorder()
+    stage.submit("", {"renew": [b"x"]}, answer)
+    assert answer.wait().error.kind is ErrorKind.STAGE_DEAD
 
 
 def test_deltas_are_the_declared_tensors(make_tiny):

@@ -85,6 +85,11 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="triptych-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """False once closed, or after an error that no later step in this process can survive."""
+        return self._thread.is_alive() and not self._closing
+
     def submit(self, submission: Submission) -> None:
         """Take a request; every outcome goes to its responder."""
         try:
@@ -168,7 +173,7 @@ class Engine:
         """
         with self._wake:
             if self._closing:
-                raise TriptychError(ErrorKind.STAGE_DEAD, "the language model is shutting down", None, _STAGE)
+                raise TriptychError(ErrorKind.STAGE_DEAD, "the language model has stopped", None, _STAGE)
             room = self.config.max_running + self.config.max_queued
             if self._in_flight >= room:
                 raise TriptychError(
@@ -198,6 +203,9 @@ class Engine:
                     # a fault of the engine itself: nothing is known about anybody's state
                     logger.exception("the engine failed outside of a request")
                     self._fail_all(_stage_failed(error))
+                    if _device_lost(error):
+                        with self._wake:
+                            self._closing = True
             self._run_commands()
             self._fail_all(TriptychError(ErrorKind.STAGE_DEAD, "the language model was stopped", None, _STAGE))
 
@@ -283,7 +291,9 @@ class Engine:
         self._telemetry.observe("triptych_batch_size", len(plan.tokens))
         try:
             outcome = self._compute(plan.tokens)
-        except Exception:
+        except Exception as error:
+            if _device_lost(error):
+                raise
             logger.exception("a step of %d requests failed; computing them one by one", len(plan.tokens))
             outcome = self._compute_each(plan.tokens)
         now = self._clock()
@@ -315,6 +325,8 @@ class Engine:
             try:
                 outcome |= self._compute({request: count})
             except Exception as error:
+                if _device_lost(error):
+                    raise
                 logger.exception("request %r fails by itself", request.request_id)
                 self._fail(request, _stage_failed(error))
         return outcome
@@ -421,6 +433,11 @@ class Engine:
             logger.exception("the responder of request %r failed", request.request_id)
             return False
         return True
+
+
+def _device_lost(error: Exception) -> bool:
+    """After such an error every further call of CUDA in this process fails; running out of memory is none."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
 
 def _stage_failed(error: Exception) -> TriptychError:
