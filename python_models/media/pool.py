@@ -27,9 +27,11 @@ from .worker import MAX_MESSAGE
 START_TIMEOUT_S = 60.0
 _BOOT = """
 import site, sys
-for folder in sys.argv[3:]:
+folders = sys.argv[3:]
+for folder in folders:
     if folder not in sys.path:
         site.addsitedir(folder)
+sys.path[:] = folders + [folder for folder in sys.path if folder not in folders]
 from triptych.python_models.media.worker import serve
 serve(int(sys.argv[1]), int(sys.argv[2]))
 """

@@ -323,6 +323,8 @@ def test_tls_checks_the_name_not_the_address(web: Any, certificate: Path) -> Non
     asked: list[str | None] = []
     server.sni_callback = lambda _socket, name, _context: asked.append(name)
     web._server.socket = server.wrap_socket(web._server.socket, server_side=True)
+    # connections that stay open, if the client lets them
+    web._server.RequestHandlerClass.protocol_version = "HTTP/1.1"
     web.serve("/a", BODY)
     client = ssl.create_default_context(cafile=str(certificate))
     table = names({"media.example": ["127.0.0.1"], "other.example": ["127.0.0.1"]})

@@ -207,6 +207,17 @@ def test_workers_die_with_their_owner(tmp_path: Path) -> None:
     assert all(gone(pid) for pid in pids)
 
 
+def test_worker_looks_for_modules_where_its_owner_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "soundfile.py").write_text("raise SystemExit(42)")
+
+    async def body(pool: DecodePool) -> None:
+        with pytest.raises(TriptychError, match="exit code 42"):
+            await pool.start()
+
+    with_pool(body)
+
+
 def test_worker_never_loads_torch() -> None:
     code = "import sys, triptych.python_models.media.worker, decord, av; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -222,5 +233,7 @@ def test_worker_has_no_secrets_and_no_core_dumps(monkeypatch: pytest.MonkeyPatch
         assert "SOME_TOKEN" not in psutil.Process(pid).environ()
         assert psutil.Process(pid).rlimit(psutil.RLIMIT_CORE) == (0, 0)
         assert psutil.Process(pid).cwd() == "/"
+        # decoders' native logs hold pieces of the caller's file
+        assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)] == [os.devnull] * 3
 
     with_pool(body)

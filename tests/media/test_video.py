@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image as PILImage
@@ -191,9 +192,15 @@ def test_truncated(decode: Decode, make_clip: Make, keep: float, container: str,
     assert decode.refused(data[: int(len(data) * keep)]).kind is ErrorKind.INVALID_MEDIA
 
 
-def with_index_first(data: bytes, folder: Path) -> bytes:
-    import av
+def test_truncated_between_two_frames(decode: Decode, make_clip: Make, tmp_path: Path) -> None:
+    data = with_index_first(make_clip(30, 10, 160, 120), tmp_path)
+    with av.open(io.BytesIO(data)) as file:
+        starts = sorted(packet.pos for packet in file.demux(video=0) if packet.size)
+    assert decode(data)[0].total_frames == 30
+    assert "10 of 30 frames" in decode.refused(data[: starts[10]]).message
 
+
+def with_index_first(data: bytes, folder: Path) -> bytes:
     source, target = folder / "in.mp4", folder / "out.mp4"
     source.write_bytes(data)
     with av.open(str(source)) as a, av.open(str(target), "w", options={"movflags": "+faststart"}) as b:
