@@ -69,7 +69,8 @@ class Stage(ABC):
         Args:
             request_id: unique among running requests ("" where the caller gave none).
             inputs: the stage's input tensors that are present: STRING as list[bytes], others as numpy arrays, or
-                torch tensors where the spec says ``device_ok``.
+                torch tensors where the spec says ``device_ok``. None at all asks for a sign of life: a stage that can
+                work answers at once with no tensors.
         """
 
     @abstractmethod

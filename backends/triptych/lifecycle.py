@@ -125,12 +125,13 @@ class HostedStage:
             if request.is_cancelled():
                 raise TriptychError(ErrorKind.CANCELLED, "the request was cancelled before this stage began")
             inputs = read_inputs(request, self._spec)
-            if self._control(inputs) and not inputs:
-                responder.send({}, final=True)
-                return
+            controls = self._control(inputs)
             for name in self._spec.error_inputs:
                 if error := inputs.pop(name, None):
                     raise TriptychError.from_wire(error[0].decode("utf-8", "replace"))
+            needs = self._spec.needs
+            if needs and needs not in inputs and not (controls and not inputs):
+                raise invalid(f"the request lacks the input {needs}", needs)
             self._stage.submit(request.request_id(), inputs, responder)
         except TriptychError as error:
             responder.fail(error)

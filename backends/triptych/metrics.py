@@ -17,6 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from triptych.python_models.contract.metrics import METRICS
 
+HEARTBEAT = "triptych_heartbeat_timestamp_seconds"
 FLUSH_S = 0.1
 HEARTBEAT_S = 1.0
 MAX_OBSERVATIONS = 100_000
@@ -43,6 +44,8 @@ class MetricsThread:
         self._observations: list[tuple[_Key, float]] = []
         self._dropped = 0
         self._reported: set[str] = set()
+        # until the stage reports heartbeats of its own, which say more: that its worker turns
+        self._beats = True
         self._stop = threading.Event()
         # touched by the thread alone
         self._families: dict[str, Any] = {}
@@ -65,6 +68,8 @@ class MetricsThread:
         """Set a gauge."""
         if (key := self._key(name, labels, "gauge")) is None:
             return
+        if name == HEARTBEAT and threading.current_thread() is not self._thread:
+            self._beats = False
         with self._lock:
             self._gauges[key] = value
             self._changed.add(key)
@@ -103,7 +108,8 @@ class MetricsThread:
             stopping = self._stop.wait(FLUSH_S)
             if time.monotonic() >= heartbeat:
                 heartbeat = time.monotonic() + HEARTBEAT_S
-                self.set("triptych_heartbeat_timestamp_seconds", time.time())
+                if self._beats:
+                    self.set(HEARTBEAT, time.time())
                 self._on_heartbeat()
             self._flush()
             if stopping:

@@ -98,7 +98,10 @@ class TritonServer:
 
         Raises:
             LauncherError: the runtime folder cannot be made or the program does not start.
+            RuntimeError: it has been started already.
         """
+        if self._guard is not None:
+            raise RuntimeError("the server has been started already")
         self._folder = RuntimeFolder(
             self.binary,
             self.settings,

@@ -38,6 +38,7 @@ class StageSpec:
             side need it: up to release 26.02 the server never ends (and never frees) an ensemble request of which
             one step fails while another still runs.
         error_inputs: the inputs by which such errors arrive; one that is present ends the request with it.
+        needs: the input without which a request (that is no control request) is refused.
     """
 
     name: str
@@ -48,6 +49,7 @@ class StageSpec:
     help: str = ""
     error_output: str = ""
     error_inputs: tuple[str, ...] = ()
+    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ PREPROCESS = StageSpec(
     (REQUEST, MEDIA, CANCEL),
     (INPUT_IDS, POSITION_IDS, PLAN, VISION_FEATURES, AUDIO_FEATURES),
     help="fetches, decodes, applies chat template and processor",
+    needs=REQUEST.name,
 )
 VISION_ENCODER = StageSpec(
     "vision_encoder",
@@ -125,6 +128,7 @@ LANGUAGE_MODEL = StageSpec(
     uses_gpu=True,
     help="continuous batching with a paged KV cache",
     error_inputs=(VISION_ERROR.name, AUDIO_ERROR.name),
+    needs=INPUT_IDS.name,
 )
 STAGES = {spec.name: spec for spec in (PREPROCESS, VISION_ENCODER, AUDIO_ENCODER, LANGUAGE_MODEL)}
 

@@ -110,6 +110,13 @@ class Client:
                 return float(value)
         return None
 
+    def settled(self, name: str, **labels: str) -> float:
+        """The sample (0 where there is none yet) once what went before has been reported."""
+        value = None
+        while value != (value := self.metric(name, **labels) or 0.0):
+            time.sleep(0.5)
+        return value
+
     def wait_metric(self, wanted: Callable[[float], bool], name: str, **labels: str) -> float:
         """The sample once it is as wanted; fails after 15 s."""
         deadline = time.monotonic() + 15
@@ -158,7 +165,7 @@ def start_server(server: TritonServer, said: list[str] | None = None) -> Client:
     return Client(server)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def start() -> Callable[..., Client]:
     """Start a server, load its models and give a client of it."""
     return start_server

@@ -34,6 +34,9 @@ class Scripted(Stage):
         self.renewed: list[str] = []
 
     def submit(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
+        if not inputs:
+            responder.send({}, final=True)
+            return
         threading.Thread(target=self._run, args=(request_id, inputs, responder), daemon=True).start()
 
     def cancel(self, request_ids: Sequence[str]) -> None:
@@ -102,12 +105,10 @@ class Encoder(Scripted):
         super().submit(request_id, inputs, responder)
 
     def work(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
-        features = inputs.get(f"{self.key}_features")
-        if features is None:
-            responder.send({}, final=True)
-            return
-        mine = json.loads(features.tobytes())[self.key]
+        mine = json.loads(inputs[f"{self.key}_features"].tobytes())[self.key]
         self.telemetry.add("triptych_media_items_total", 1, modality=self.modality)
+        if "beat" in mine:
+            self.telemetry.set("triptych_heartbeat_timestamp_seconds", mine["beat"])
         self.wait(request_id, mine.get("sleep", 0))
         rows = pattern(mine["rows"], mine["width"])
         responder.send({f"{self.key}_embeddings": rows}, final=True)

@@ -164,8 +164,8 @@ def test_a_stage_that_misbehaves_ends_its_request_alone(scripted: Any, steps: di
 
 
 def test_metrics_from_many_threads_are_exact(scripted: Any) -> None:
-    before = scripted.metric("triptych_generation_tokens_total", stage="language_model") or 0
-    seen = scripted.metric("triptych_inter_token_seconds_count", stage="language_model") or 0
+    before = scripted.settled("triptych_generation_tokens_total", stage="language_model")
+    seen = scripted.settled("triptych_inter_token_seconds_count", stage="language_model")
     streams = [scripted.stream("chat_text", script(language_model={"threads": 8})) for _ in range(4)]
     for stream in streams:
         stream.all()
@@ -204,3 +204,12 @@ def test_many_streams_at_once(scripted: Any) -> None:
     for stream in streams:
         ids = np.concatenate([r["token_ids"] for r in stream.all()])
         assert ids.tolist() == list(range(40))
+
+
+def test_the_heartbeat_of_a_stage_itself_counts_more(scripted: Any) -> None:
+    """A process that lives says little: once a stage reports its own beats, nobody else does it for it."""
+    scripted.stream("chat", script(vision={"rows": 1, "width": 1, "beat": 1000.0})).all()
+    labels = {"stage": "vision_encoder"}
+    scripted.wait_metric(lambda v: v == 1000, "triptych_heartbeat_timestamp_seconds", **labels)
+    time.sleep(2.5)
+    assert scripted.metric("triptych_heartbeat_timestamp_seconds", **labels) == 1000
