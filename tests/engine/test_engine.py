@@ -291,6 +291,17 @@ def test_close_ends_every_request(make_toy):
     toy.engine.check()
 
 
+def test_a_request_that_comes_while_closing_is_answered(make_toy, recorder):
+    toy = make_toy()
+
+    def close(delta):
+        toy.engine.close()
+
+    answer = toy.submit([1], recorder=recorder(close), max_tokens=5).wait()
+    assert answer.error.kind is ErrorKind.STAGE_DEAD
+    assert toy.engine._in_flight == 0
+
+
 def test_metrics(make_toy):
     toy = make_toy()
     answers = [toy.submit([k] * 10, max_tokens=6) for k in (1, 2, 3)]

@@ -139,6 +139,17 @@ def test_the_last_one_gives_way_and_comes_back():
     assert second.num_tokens == 9
 
 
+def test_a_preempted_request_is_the_next_in_the_queue():
+    scheduler = Scheduler(BlockPool(4, 4), 8, 100)
+    first, second, third = request(8), request(7, 100), request(3, 200)
+    for one in (first, second, third):
+        scheduler.add(one)
+    step(scheduler)
+    assert list(scheduler.waiting) == [third]
+    assert step(scheduler).preempted == (second,)
+    assert list(scheduler.waiting) == [second, third]
+
+
 def test_decodes_that_fill_a_step_hold_back_the_next_prompt():
     scheduler = Scheduler(BlockPool(100, 4), 8, 4)
     requests = [request(3, 100 * k) for k in range(6)]

@@ -80,6 +80,7 @@ class Engine:
         self._wake = threading.Condition()
         self._in_flight = 0
         self._closing = False
+        self._stopped = False
         self._next_check = 0.0
         logger.info("engine: %s", config)
         self._thread = threading.Thread(target=self._loop, name="triptych-engine", daemon=True)
@@ -101,7 +102,10 @@ class Engine:
             return
         # the caller learns at once that the request is here, before anything else it hears
         self._deliver(request, Delta(usage=request.usage()))
-        self._post(lambda: self._take(request))
+        if not self._post(lambda: self._take(request)):
+            request.done = True
+            self._count_out(request, ErrorKind.STAGE_DEAD.value)
+            self._deliver(request, _stopped())
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End these requests with CANCELLED within a step."""
@@ -173,7 +177,7 @@ class Engine:
         """
         with self._wake:
             if self._closing:
-                raise TriptychError(ErrorKind.STAGE_DEAD, "the language model has stopped", None, _STAGE)
+                raise _stopped()
             room = self.config.max_running + self.config.max_queued
             if self._in_flight >= room:
                 raise TriptychError(
@@ -185,10 +189,14 @@ class Engine:
                 )
             self._in_flight += 1
 
-    def _post(self, command: Callable[[], None]) -> None:
+    def _post(self, command: Callable[[], None]) -> bool:
+        """Have the engine's thread run a command; False where it has taken its last."""
         with self._wake:
+            if self._stopped:
+                return False
             self._inbox.append(command)
             self._wake.notify()
+            return True
 
     # what follows runs on the engine's thread
 
@@ -206,8 +214,8 @@ class Engine:
                     if _device_lost(error):
                         with self._wake:
                             self._closing = True
-            self._run_commands()
-            self._fail_all(TriptychError(ErrorKind.STAGE_DEAD, "the language model was stopped", None, _STAGE))
+            self._run_commands(last=True)
+            self._fail_all(_stopped())
 
     def _wait(self) -> bool:
         """Sleep while there is nothing to do; False when closing."""
@@ -231,8 +239,12 @@ class Engine:
                 # raises, naming the blocks
                 self._scheduler.check()
 
-    def _run_commands(self) -> None:
-        for command in self._commands():
+    def _run_commands(self, last: bool = False) -> None:
+        with self._wake:
+            self._stopped = last
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for command in commands:
             command()
 
     def _fail_all(self, error: TriptychError) -> None:
@@ -244,12 +256,6 @@ class Engine:
         self._requests.clear()
         self._pool = BlockPool(self.config.num_blocks, self.config.block_size)
         self._scheduler = Scheduler(self._pool, self.config.max_running, self.config.max_step_tokens)
-
-    def _commands(self) -> list[Callable[[], None]]:
-        with self._wake:
-            commands = list(self._inbox)
-            self._inbox.clear()
-        return commands
 
     def _take(self, request: Request) -> None:
         self._requests[request] = None
@@ -438,6 +444,10 @@ class Engine:
 def _device_lost(error: Exception) -> bool:
     """After such an error every further call of CUDA in this process fails; running out of memory is none."""
     return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+
+
+def _stopped() -> TriptychError:
+    return TriptychError(ErrorKind.STAGE_DEAD, "the language model has stopped", None, _STAGE)
 
 
 def _stage_failed(error: Exception) -> TriptychError:

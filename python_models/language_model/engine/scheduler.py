@@ -63,7 +63,7 @@ class Scheduler:
         preempted: list[Request] = []
         # never more than a step takes: nobody is admitted into a step that they fill
         for request in [r for r in self.running if r.num_pending == 1]:
-            if request in preempted or not self._grow(request, tokens, preempted):
+            if request in preempted or not self._grow(request, preempted):
                 continue
             tokens[request] = 1
         budget = self.max_step_tokens - len(tokens)
@@ -125,16 +125,16 @@ class Scheduler:
             request.admitted_before = True
         return True
 
-    def _grow(self, request: Request, tokens: dict[Request, int], preempted: list[Request]) -> bool:
+    def _grow(self, request: Request, preempted: list[Request]) -> bool:
         """Make room for one more token; False where the request itself had to give way."""
         while len(request.block_table) * self.pool.block_size <= request.num_computed:
             try:
                 request.block_table += self.pool.allocate(1)
             except OutOfBlocks:
+                # it comes after `request` in this step's order, so nothing was planned for it yet
                 victim = self.running.pop()
                 self._release(victim)
                 self.waiting.appendleft(victim)
-                tokens.pop(victim, None)
                 preempted.append(victim)
                 if victim is request:
                     return False
@@ -144,4 +144,3 @@ class Scheduler:
         self.pool.release(request.block_table)
         request.block_table = []
         request.num_computed = 0
-        request.num_published = 0
