@@ -229,10 +229,11 @@ def _refuse_unsupported(decoder: DecoderModel) -> None:
         reason = "cross-attention layers"
     else:
         rope = getattr(config, "rope_parameters", None) or {}
-        rope_type = rope.get("rope_type", "default") if isinstance(rope, dict) else "default"
-        if rope_type in ("dynamic", "longrope"):
-            # transformers picks the frequencies by the longest position of the batch, which here holds many requests
-            reason = f"rope_type {rope_type!r}"
+        # one set of parameters, or one for each type of layer
+        kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+        # transformers picks their frequencies by the longest position of the batch, which here holds many requests
+        if varying := kinds & {"dynamic", "longrope"}:
+            reason = f"rope_type {', '.join(sorted(varying))}"
     if reason is not None:
         raise TriptychError(
             ErrorKind.UNSUPPORTED,
