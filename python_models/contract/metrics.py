@@ -34,6 +34,9 @@ METRICS = {
         MetricSpec("triptych_encoder_cache_hits_total", "counter", "Media served from the encoder cache"),
         MetricSpec("triptych_encoder_cache_misses_total", "counter", "Media that had to be encoded"),
         MetricSpec("triptych_encoder_cache_bytes", "gauge", "Bytes in the encoder cache"),
+        MetricSpec(
+            "triptych_embedding_bytes_total", "counter", "Embeddings received, by where they arrived", ("device",)
+        ),
         MetricSpec("triptych_prompt_tokens_total", "counter", "Prompt tokens computed or found in cache"),
         MetricSpec("triptych_cached_tokens_total", "counter", "Prompt tokens found in the prefix cache"),
         MetricSpec("triptych_generation_tokens_total", "counter", "Tokens generated"),

@@ -86,6 +86,9 @@ class LanguageModelStage(Stage):
                 return
             plan = read_plan(inputs)
             prompt = read_prompt(inputs, plan, self._num_axes, self._hidden_size, self._vocab_size)
+            for media in prompt.media:
+                # the server falls back to host memory without a word when its CUDA pool is full
+                self.telemetry.add("triptych_embedding_bytes_total", media.rows.nbytes, device=media.rows.device.type)
             submission = Submission(
                 request_id, prompt, plan.sampling, responder, plan.stream, plan.lease_s, plan.timeout_s
             )
