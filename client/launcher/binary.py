@@ -48,7 +48,8 @@ class ServerBinary:
         Raises:
             LauncherError: the program does not run on this machine.
         """
-        environment = os.environ | {"LD_LIBRARY_PATH": ":".join(map(str, self.library_dirs))}
+        dirs = [*map(str, self.library_dirs), os.environ.get("LD_LIBRARY_PATH", "")]
+        environment = os.environ | {"LD_LIBRARY_PATH": ":".join(d for d in dirs if d)}
         try:
             run = subprocess.run(
                 [str(self.executable), "--help"], capture_output=True, text=True, timeout=60, env=environment

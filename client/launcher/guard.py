@@ -1,9 +1,9 @@
 """Runs a server and outlives its starter just long enough to clean up after it.
 
-Executed as a program (``python -I -S guard.py '<json>'``), never imported by the launcher: a process of its own, with
-one thread, ends the server, its model processes and their shared memory also when the launcher is killed. It reads
-nothing from its standard input but the end of it, which is the order to stop; it prints the server's pid, and later
-the server's exit status.
+Run as a program of its own (``python -I -S guard.py``): a process with one thread that ends the server, its model
+processes and their shared memory also when the launcher is killed. It reads one line of JSON from its standard input
+(not from the command line, which everybody may see, for it holds the environment); the end of the input is the order
+to stop. It prints the server's pid, and later the server's exit status.
 """
 
 from __future__ import annotations
@@ -44,17 +44,33 @@ def main(job: dict[str, Any]) -> None:
     try:
         _say(f"pid {server.pid}")
         while server.poll() is None and os.getppid() == starter:
-            readable, _, _ = select.select([0], [], [], TICK_S)
-            if readable and not os.read(0, 4096):
+            if _input_ended():
                 break
         _end(server, float(job["grace_s"]))
     finally:
-        clean(server.pid, job["shm_prefix"], job["folder"])
-    _say(f"exit {server.returncode}")
+        _kill_group(server.pid)
+        remove_shared_memory(job["shm_prefix"])
+        _say(f"exit {server.returncode}")
+        # until then the starter may want to read the log in it
+        while os.getppid() == starter and not _input_ended():
+            pass
+        shutil.rmtree(job["folder"], ignore_errors=True)
 
 
-def clean(group: int, shm_prefix: str, folder: str) -> None:
-    """Kill what is left of the server's process group; remove its shared memory and its runtime folder."""
+def remove_shared_memory(shm_prefix: str) -> None:
+    """Remove the shared memory of a server that has ended."""
+    for region in glob.glob(f"/dev/shm/{glob.escape(shm_prefix)}*"):
+        os.unlink(region)
+
+
+def _input_ended() -> bool:
+    """Wait for a moment; whether the starter has closed the input."""
+    readable, _, _ = select.select([0], [], [], TICK_S)
+    return bool(readable) and not os.read(0, 4096)
+
+
+def _kill_group(group: int) -> None:
+    """Kill the model processes that are left of the server's process group, and wait until they are gone."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         try:
@@ -62,9 +78,6 @@ def clean(group: int, shm_prefix: str, folder: str) -> None:
         except OSError:
             break
         time.sleep(0.01)
-    for region in glob.glob(f"/dev/shm/{glob.escape(shm_prefix)}*"):
-        os.unlink(region)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prepare_server() -> None:
@@ -91,4 +104,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.stdin.buffer.readline()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -90,6 +92,8 @@ class TritonServer:
         self._wanted_log = log
         self._folder: RuntimeFolder | None = None
         self._guard: subprocess.Popen[bytes] | None = None
+        self._used = False
+        self._lock = threading.Lock()
         self._shm_prefix = f"triptych-{os.getpid()}-{secrets.token_hex(4)}-"
         self.log = log or Path(os.devnull)
 
@@ -98,39 +102,53 @@ class TritonServer:
 
         Raises:
             LauncherError: the runtime folder cannot be made or the program does not start.
-            RuntimeError: it has been started already.
+            RuntimeError: it has been started or stopped before.
         """
-        if self._guard is not None:
-            raise RuntimeError("the server has been started already")
-        self._folder = RuntimeFolder(
-            self.binary,
-            self.settings,
-            embedding_dtype=self._embedding_dtype,
-            gpu_ids=self._gpu_ids,
-            stage_classes=self._stage_classes,
-        )
-        self.log = self._wanted_log or self._folder.path / "server.log"
+        with self._lock:
+            if self._used:
+                raise RuntimeError("a TritonServer starts once; make another")
+            self._used = True
+            self._folder = RuntimeFolder(
+                self.binary,
+                self.settings,
+                embedding_dtype=self._embedding_dtype,
+                gpu_ids=self._gpu_ids,
+                stage_classes=self._stage_classes,
+            )
+            self.log = self._wanted_log or self._folder.path / "server.log"
+            self._guard = self._start_guard(self._folder)
+
+    def _start_guard(self, folder: RuntimeFolder) -> subprocess.Popen[bytes]:
+        """Start the guard, which starts the server; sets ``pid``."""
         job = {
-            "command": self._command(self._folder.path),
-            "cwd": str(self._folder.path / "work"),
-            "env": self._folder.environment(self.binary, Path(sys.executable)),
+            "command": self._command(folder.path),
+            "cwd": str(folder.path / "work"),
+            "env": folder.environment(self.binary, Path(sys.executable)),
             "log": str(self.log),
             "grace_s": GRACE_S,
             "shm_prefix": self._shm_prefix,
-            "folder": str(self._folder.path),
+            "folder": str(folder.path),
         }
-        self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, json.dumps(job)],
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        assert self._guard.stdout is not None
-        first = self._guard.stdout.readline().split()
-        if len(first) != 2 or first[0] != b"pid":
-            self.stop()
-            raise LauncherError(f"{self.binary.executable} could not be started", "see what it printed above")
-        self.pid = int(first[1])
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        process.stdin.flush()
+        first = process.stdout.readline().split()
+        if len(first) == 2 and first[0] == b"pid":
+            self.pid = int(first[1])
+            return process
+        lines = process.stderr.read().decode(errors="replace").strip().splitlines()
+        process.communicate()
+        folder.remove()
+        raise LauncherError(f"{self.binary.executable} could not be started: {(lines or ['it said nothing'])[-1]}")
 
     def wait_ready(self, timeout_s: float, progress: Callable[[str], None]) -> None:
         """Load every model, stages side by side, and return when all answer.
@@ -160,8 +178,9 @@ class TritonServer:
         for attempt in range(LOAD_ATTEMPTS):
             # the server loads a model that it has already only if a file of it is newer, and keeps the old processes
             # if that file is config.pbtxt
-            if self._folder is not None:
-                (self._folder.path / "models" / model / "1" / "loaded").touch()
+            if (folder := self._folder) is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    (folder.path / "models" / model / "1" / "loaded").touch()
             try:
                 self._post(f"/v2/repository/models/{model}/load", timeout_s=None)
                 return
@@ -172,7 +191,8 @@ class TritonServer:
 
     def alive(self) -> bool:
         """Whether the server process runs (its stages may be dead; see :meth:`stage_pids`)."""
-        return self._guard is not None and self._guard.poll() is None and _running(self.pid)
+        process = self._guard
+        return process is not None and process.poll() is None and _running(self.pid)
 
     def stage_pids(self) -> dict[str, int]:
         """The living process of each stage; of a stage with several, the one started last."""
@@ -188,24 +208,24 @@ class TritonServer:
         return {stage: pid for stage, (_, pid) in found.items()}
 
     def stop(self) -> None:
-        """Stop the server, its stages and the guard; safe to call twice."""
-        if self._guard is not None:
-            assert self._guard.stdin is not None
-            assert self._guard.stdout is not None
-            self._guard.stdin.close()
-            try:
-                self._guard.wait(GRACE_S + 10)
-            except subprocess.TimeoutExpired:
-                self._guard.kill()
-                self._guard.wait()
-            self._guard.stdout.close()
-            # the guard has done this already, unless it was killed itself
-            if self.pid and self._folder is not None:
-                guard.clean(self.pid, self._shm_prefix, str(self._folder.path))
-            self._guard = None
-        if self._folder is not None:
-            self._folder.remove()
-            self._folder = None
+        """Stop the server, its stages and the guard; safe to call twice, and from another thread."""
+        with self._lock:
+            self._used = True
+            if self._guard is not None:
+                try:
+                    # the end of its input is the guard's order to stop
+                    self._guard.communicate(timeout=GRACE_S + 10)
+                except subprocess.TimeoutExpired:
+                    self._guard.kill()
+                    self._guard.communicate()
+                if self._guard.returncode != 0 and self._folder is not None:
+                    # it was killed before it could do its work
+                    _kill_users(self._folder.path)
+                    guard.remove_shared_memory(self._shm_prefix)
+                self._guard = None
+            if self._folder is not None:
+                self._folder.remove()
+                self._folder = None
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -357,6 +377,15 @@ def _running(pid: int) -> bool:
     except (OSError, IndexError):
         return False
     return state not in "ZX"
+
+
+def _kill_users(folder: Path) -> None:
+    """Kill the model processes of a runtime folder; only they have its path on their command line."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                if f"{folder}/".encode() in (entry / "cmdline").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _started(pid: int) -> int:

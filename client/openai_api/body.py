@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
 
 from .admission import Ticket
 
 # A client that is still sending would not see the answer if the connection were closed under it.
 _DISCARD_S = 10.0
+# A body that stops in the middle holds a place that others could use.
+_SILENCE_S = 60.0
 
 
 async def read_body(request: Request, ticket: Ticket, max_bytes: int) -> bytes:
@@ -28,23 +30,27 @@ async def read_body(request: Request, ticket: Ticket, max_bytes: int) -> bytes:
     if declared is not None and not declared.isdecimal():
         raise invalid(f"the header Content-Length must be a number, got {declared!r}")
     chunks: list[bytes] = []
-    size = 0
-    stream = request.stream()
+    size, more = 0, True
     try:
         if declared is not None and int(declared) > max_bytes:
             raise _too_large(max_bytes)
-        async for chunk in stream:
+        while more:
+            message = await asyncio.wait_for(request.receive(), _SILENCE_S)
+            if message["type"] == "http.disconnect":
+                raise TriptychError(ErrorKind.CANCELLED, "the client went away")
+            chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
             if size > max_bytes:
                 raise _too_large(max_bytes)
             ticket.grow(len(chunk))
             chunks.append(chunk)
-    except ClientDisconnect:
-        raise TriptychError(ErrorKind.CANCELLED, "the client went away") from None
-    except TriptychError:
+    except asyncio.TimeoutError:
+        raise invalid(f"the request body did not go on for {_SILENCE_S:g} s") from None
+    except TriptychError as error:
         chunks.clear()
         ticket.release_bytes()
-        await _discard(request)
+        if more and error.kind is not ErrorKind.CANCELLED:
+            await _discard(request)
         raise
     return b"".join(chunks)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from functools import partial
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.contract.tensors import CHAT_TEXT
 
 from . import sse
 from .admission import Ticket
@@ -20,6 +21,7 @@ from .fields import ChatCall, parse
 from .generation import Generation
 from .service import Service
 
+TEXT_STAGES = tuple(step.stage for step in CHAT_TEXT.steps)
 # Parsing more than this would hold up the tokens of all other requests.
 _PARSE_INLINE_BYTES = 64 * 2**10
 
@@ -31,7 +33,8 @@ async def chat_completions(request: Request, service: Service) -> Response:
         TriptychError: for every failure before the first byte of the answer.
     """
     arrival = time.perf_counter()
-    if error := service.unavailable():
+    # Before the body is read: what no request can do without. The rest is known once it is parsed.
+    if error := service.unavailable(TEXT_STAGES):
         raise error
     ticket = service.admission.enter()
     try:
@@ -41,6 +44,8 @@ async def chat_completions(request: Request, service: Service) -> Response:
         call = await asyncio.to_thread(work) if len(body) > _PARSE_INLINE_BYTES else work()
         del body, work
         run = _Run(request, service, ticket, call, arrival)
+        # Large media must not stay in memory while the answer is generated.
+        del call
     except BaseException as error:
         ticket.release()
         if isinstance(error, TriptychError) and error.kind is ErrorKind.CANCELLED:
@@ -86,7 +91,7 @@ class _Run:
         self._close()
         return JSONResponse(body)
 
-    async def _events(self, deltas: list[Delta]) -> AsyncIterator[bytes]:
+    async def _events(self, deltas: list[Delta]) -> AsyncGenerator[bytes, None]:
         try:
             yield self._completion.first_chunk()
             while True:

@@ -10,7 +10,7 @@ from typing import Any
 from triptych.client.sdk import wire
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
-from triptych.python_models.contract.tensors import CHAT
+from triptych.python_models.contract.tensors import ENSEMBLES
 
 from .triton import Triton
 
@@ -40,7 +40,7 @@ class Generation:
         on_end: Callable[[Generation], None],
     ) -> None:
         self.id = request_id
-        self.has_media = message.model_name == CHAT.name
+        self.stages = tuple(step.stage for step in ENSEMBLES[message.model_name].steps)
         self.accepted = False
         self._triton = triton
         self._silence_limit_s = silence_limit_s
@@ -94,9 +94,8 @@ class Generation:
         if self._finished:
             return
         self._end(error or TriptychError(ErrorKind.CANCELLED, "the request was cancelled"))
-        stages = ["language_model", "preprocess", *(("vision_encoder", "audio_encoder") if self.has_media else ())]
         for pause in _CANCEL_PAUSES_S:
-            await asyncio.gather(*(self._cancel_in(stage) for stage in stages))
+            await asyncio.gather(*(self._cancel_in(stage) for stage in self.stages))
             done, _ = await asyncio.wait([self._reader], timeout=pause)
             if done:
                 return
@@ -110,8 +109,11 @@ class Generation:
             return
 
     async def _read(self, message: Any) -> None:
+        answers = self._triton.infer(message)
+        # The media in it are not needed once they are sent.
+        del message
         try:
-            async for response in self._triton.infer(message):
+            async for response in answers:
                 self._deadline = time.monotonic() + self._silence_limit_s
                 self.accepted = True
                 delta = wire.delta_of(response)

@@ -85,10 +85,11 @@ class Monitor:
         for event in self._nudges.values():
             event.set()
 
-    def why_down(self) -> TriptychError | None:
-        """The error for new requests while a stage is down, else None."""
-        for stage, state in self.states.items():
-            if not state.up:
+    def why_down(self, needed: Iterable[str]) -> TriptychError | None:
+        """The error for a request that needs these stages while one of them is down, else None."""
+        for stage in needed:
+            state = self.states.get(stage)
+            if state is not None and not state.up:
                 return TriptychError(ErrorKind.STAGE_DEAD, f"{stage} is being restarted: {state.reason}", stage=stage)
         return None
 

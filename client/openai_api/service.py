@@ -7,13 +7,14 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from triptych.client.sdk import wire
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.request import ChatRequest
 from triptych.python_models.contract.settings import Settings
+from triptych.python_models.contract.tensors import ENSEMBLES, LANGUAGE_MODEL, STAGES
 
 from .admission import Admission
 from .generation import Generation
@@ -84,12 +85,12 @@ class Service:
         ]
         self._why_not = ""
 
-    def unavailable(self) -> TriptychError | None:
-        """Why requests cannot be served now, or None."""
+    def unavailable(self, needed: Iterable[str] = tuple(STAGES)) -> TriptychError | None:
+        """Why requests that need these stages cannot be served now, or None."""
         if self._why_not:
             return TriptychError(ErrorKind.OVERLOADED, f"{self._why_not}; try again in a moment")
         assert self.monitor is not None
-        return self.monitor.why_down()
+        return self.monitor.why_down(needed)
 
     def begin(self, request: ChatRequest, media: tuple[bytes, ...]) -> Generation:
         """Send a request to its ensemble.
@@ -97,7 +98,8 @@ class Service:
         Raises:
             TriptychError: OVERLOADED or STAGE_DEAD while it cannot be served.
         """
-        if error := self.unavailable():
+        steps = ENSEMBLES[wire.ensemble_for(request)].steps
+        if error := self.unavailable(step.stage for step in steps):
             raise error
         assert self._triton is not None
         assert self.settings is not None
@@ -153,9 +155,7 @@ class Service:
         for generation in list(self._running.values()):
             # Whatever was in the process is lost and nobody will say so: the engine holds what it accepted, and
             # may hold more; the other stages hold only what it has not accepted yet.
-            if stage == "language_model" or (
-                not generation.accepted and (stage == "preprocess" or generation.has_media)
-            ):
+            if stage == LANGUAGE_MODEL.name or (not generation.accepted and stage in generation.stages):
                 self._spawn(generation.cancel(error))
 
     async def _renew_leases(self, triton: Triton) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+import logging
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
 from triptych.python_models.contract.errors import TriptychError
 
 from .errors import body_of
 
+log = logging.getLogger("triptych.shim")
+
+WRITE_LIMIT_S = 60.0
 DONE = b"data: [DONE]\n\n"
 
 
@@ -22,17 +27,39 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._stuck = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write the events as they come."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for data in self._events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        """Write the events as they come; a client that takes none for too long is left."""
+        try:
+            await self._write(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for data in self._events:
+                await self._write(send, {"type": "http.response.body", "body": data, "more_body": True})
+            await self._write(send, {"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if not self._stuck:
+                raise
+            log.warning("a client took nothing of its stream for %g s and was left", WRITE_LIMIT_S)
+        finally:
+            await self._events.aclose()
+
+    async def _write(self, send: Send, message: Message) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        # A timer costs far less per chunk than wait_for(), which makes a task.
+        timer = asyncio.get_running_loop().call_later(WRITE_LIMIT_S, self._give_up, task)
+        try:
+            await send(message)
+        finally:
+            timer.cancel()
+
+    def _give_up(self, task: asyncio.Task[Any]) -> None:
+        self._stuck = True
+        task.cancel()
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class Triton:
             TriptychError: what the server or a stage reported; STAGE_DEAD where the server cannot be reached.
         """
         call = self._stub.ModelStreamInfer(_once(message))
+        del message
         try:
             async for answer in call:
                 yield wire.response_of(answer)
