@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
+from torch.utils.dlpack import from_dlpack
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
 from triptych.python_models.contract.tensors import EMBEDDING, STRING, StageSpec, TensorSpec
@@ -66,9 +67,9 @@ def _read(tensor: Any, spec: TensorSpec) -> Any:
         return tensor.as_numpy().reshape(-1).tolist()
     if not spec.device_ok:
         # as_numpy() has copied out of shared memory already
-        return tensor.as_numpy() if tensor.is_cpu() else torch.from_dlpack(tensor).cpu().numpy()
+        return tensor.as_numpy() if tensor.is_cpu() else from_dlpack(tensor).cpu().numpy()
     # BF16 has no numpy type, so as_numpy() raises on it
-    copy = torch.from_dlpack(tensor).clone()
+    copy = from_dlpack(tensor).clone()
     if copy.is_cuda:
         # the copy must be done before the server may reuse the buffer
         torch.cuda.current_stream(copy.device).synchronize()
