@@ -67,7 +67,7 @@ class Traces:
 
 def test_start_errors_stop(new_server: NewServer, start: Any) -> None:
     """Progress names every model; after all sorts of failed requests the server ends without one it still waits for."""
-    server = new_server()
+    server = new_server(Settings(preprocess_instances=2))
     said: list[str] = []
     client = start(server, said)
     for model in (*STAGES, *ENSEMBLES):
@@ -75,6 +75,11 @@ def test_start_errors_stop(new_server: NewServer, start: Any) -> None:
     assert sorted(server.stage_pids()) == sorted(STAGES)
     traces = Traces(server)
     assert set(traces.left()) == {"processes", "shared memory", "folder"}
+
+    # gauges of several processes of one stage must not overwrite each other
+    for instance in ("preprocess_0_0", "preprocess_0_1"):
+        labels = {"stage": "preprocess", "instance": instance}
+        client.wait_metric(lambda v: v > 0, "triptych_heartbeat_timestamp_seconds", **labels)
 
     raising = {"rows": 1, "width": 1, "raise": True}
     failing = [
@@ -135,20 +140,6 @@ def test_a_killed_stage_is_loaded_again(new_server: NewServer, start: Any) -> No
     assert traces.left() == {}
 
 
-def test_a_killed_server_leaves_nothing(new_server: NewServer, start: Any) -> None:
-    server = new_server()
-    start(server)
-    traces = Traces(server)
-    os.kill(server.pid, signal.SIGKILL)
-    # the log is still there to be read
-    wait(lambda: set(traces.left()) == {"folder"}, "the end of everything but the folder")
-    assert not server.alive()
-    with pytest.raises(LauncherError, match="tritonserver ended"):
-        server.reload("preprocess")
-    server.stop()
-    assert traces.left() == {}
-
-
 LAUNCHER = """
 import sys, time
 from pathlib import Path
@@ -183,45 +174,41 @@ def test_a_killed_launcher_or_guard_takes_the_server_along(victim: str) -> None:
         subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
-def test_a_stage_that_refuses_to_load_says_why(
-    new_server: NewServer, start: Any, monkeypatch: pytest.MonkeyPatch
+def test_stages_that_do_not_load_say_why_and_a_killed_server_leaves_nothing(
+    new_server: NewServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SCRIPTED_REFUSES", "AudioEncoder")
-    server = new_server()
-    with pytest.raises(LauncherError) as caught:
-        start(server)
-    assert caught.value.message == "audio_encoder: this stage was told not to load; tell it otherwise"
-
-
-def test_an_unexpected_failure_while_loading_points_to_the_log(
-    new_server: NewServer, start: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setenv("SCRIPTED_BREAKS", "Preprocess")
     server = new_server()
-    with pytest.raises(LauncherError, match=r"preprocess: ZeroDivisionError: broken as told; .*server's log") as caught:
-        start(server)
-    assert "Traceback" not in str(caught.value)
-    assert "ZeroDivisionError: broken as told" in server.log.read_text()
-
-
-def test_an_unknown_setting_in_a_repository_names_the_nearest(new_server: NewServer) -> None:
-    server = new_server()
     server.start()
-    config = Traces(server).folder / "models" / "preprocess" / "config.pbtxt"
-    config.write_text(config.read_text().replace("max_media_items", "max_media_itens"))
-    with pytest.raises(LauncherError, match="did you mean 'max_media_items'"):
+    traces = Traces(server)
+    refusal = "audio_encoder: this stage was told not to load; tell it otherwise"
+    with pytest.raises(LauncherError, match=f"{refusal}|preprocess: ZeroDivisionError"):
         server.wait_ready(60, lambda _: None)
 
+    with pytest.raises(LauncherError) as caught:
+        server.reload("audio_encoder")
+    assert caught.value.message == refusal
+    # an accident: the cause in one line, the rest in the log
+    with pytest.raises(LauncherError, match=r"preprocess: ZeroDivisionError: broken as told; .*server's log") as caught:
+        server.reload("preprocess")
+    assert "At:" not in str(caught.value)
+    assert "Traceback" in server.log.read_text()
+    # a repository that somebody has edited
+    config = traces.folder / "models" / "preprocess" / "config.pbtxt"
+    config.write_text(config.read_text().replace("max_media_items", "max_media_itens"))
+    with pytest.raises(LauncherError, match="did you mean 'max_media_items'"):
+        server.reload("preprocess")
 
-def test_several_preprocess_processes(new_server: NewServer, start: Any) -> None:
-    server = new_server(Settings(preprocess_instances=2))
-    client = start(server)
-    for instance in ("preprocess_0_0", "preprocess_0_1"):
-        client.wait_metric(
-            lambda v: v > 0, "triptych_heartbeat_timestamp_seconds", stage="preprocess", instance=instance
-        )
-    streams = [client.stream("chat_text", script()) for _ in range(16)]
-    assert all(stream.all() for stream in streams)
+    server.reload("vision_encoder")
+    os.kill(server.pid, signal.SIGKILL)
+    # the log is still there to be read
+    wait(lambda: set(traces.left()) == {"folder"}, "the end of everything but the folder")
+    assert not server.alive()
+    with pytest.raises(LauncherError, match="tritonserver ended"):
+        server.reload("preprocess")
+    server.stop()
+    assert traces.left() == {}
 
 
 @pytest.mark.parametrize("name", ["grpc", "http", "metrics"])
