@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +25,7 @@ class RuntimeFolder:
         backends/python/            the server's Python backend, with the stub for this Python
         backends/triptych/model.py  our backend: a copy of the thin file; the rest is imported from the package
         models/<model>/config.pbtxt
+        checkpoint                  a link to the checkpoint, where its own path is not ASCII
         lib/                        libpython alone, so that nothing else of its folder gets in the loader's way
         work/                       the server's working directory: model processes import from it, so it is empty
         server.log
@@ -42,7 +45,7 @@ class RuntimeFolder:
         stage_classes: Mapping[str, str],
     ) -> None:
         """Make it. See :func:`triptych.python_models.repository.write` for the arguments."""
-        self.path = Path(tempfile.mkdtemp(prefix="triptych-"))
+        self.path = Path(tempfile.mkdtemp(prefix="triptych-", dir=_temporary_folder()))
         try:
             self._link_backends(binary)
             (self.path / "lib").mkdir()
@@ -50,7 +53,7 @@ class RuntimeFolder:
             (self.path / "work").mkdir()
             self.models = write(
                 self.path / "models",
-                settings,
+                self._with_plain_path(settings),
                 embedding_dtype=embedding_dtype,
                 gpu_ids=gpu_ids,
                 stage_classes=stage_classes,
@@ -70,6 +73,14 @@ class RuntimeFolder:
         ours.mkdir()
         shutil.copyfile(backend_source(), ours / "model.py")
 
+    def _with_plain_path(self, settings: Settings) -> Settings:
+        """A checkpoint by a path in ASCII: the stub's interpreter cannot open others, whatever the locale."""
+        if settings.model.isascii() or not (checkpoint := Path(settings.model).absolute()).exists():
+            return settings
+        link = self.path / "checkpoint"
+        link.symlink_to(checkpoint)
+        return replace(settings, model=str(link))
+
     def environment(self, binary: ServerBinary, python: Path) -> dict[str, str]:
         """The server's environment; the stub takes the first ``python3`` on PATH for its own interpreter."""
         environment = dict(os.environ)
@@ -84,6 +95,21 @@ class RuntimeFolder:
     def remove(self) -> None:
         """Delete it with all its content."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _temporary_folder() -> str:
+    """Where the runtime folder goes.
+
+    Raises:
+        LauncherError: its path has characters that the server's way to start a stub does not survive.
+    """
+    folder = tempfile.gettempdir()
+    if not re.fullmatch(r"[A-Za-z0-9_./+-]+", folder):
+        raise LauncherError(
+            f"the folder for temporary files, {folder!r}, has characters that tritonserver cannot handle",
+            "set TMPDIR to a folder whose path has letters, digits and ._+- only",
+        )
+    return folder
 
 
 def backend_source() -> Path:

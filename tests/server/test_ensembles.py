@@ -133,9 +133,12 @@ def reference(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], list[in
 
 @pytest.fixture(scope="module")
 def tiny(tiny_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory, start: Any) -> Iterator[Any]:
-    """A server on the tiny omni checkpoint."""
-    settings = Settings(model=str(tiny_checkpoint("qwen2_5_omni")), kv_cache_tokens=8192, torch_threads=1)
-    log = tmp_path_factory.mktemp("tiny") / "server.log"
+    """A server on the tiny omni checkpoint, at a path that is not ASCII."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = folder / "prüfling 漢"
+    model.symlink_to(tiny_checkpoint("qwen2_5_omni"))
+    settings = Settings(model=str(model), kv_cache_tokens=8192, torch_threads=1)
+    log = folder / "server.log"
     server = TritonServer(find_server(), settings, log=log)
     yield start(server)
     server.stop()

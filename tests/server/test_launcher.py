@@ -138,6 +138,25 @@ def test_a_server_starts_once(tmp_path: Path) -> None:
     assert server.stage_pids() == {}
 
 
+def test_a_temporary_folder_the_server_cannot_handle_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "my files"))
+    server = TritonServer(find_server(), Settings())
+    with pytest.raises(LauncherError, match="my files") as caught:
+        server.start()
+    assert "TMPDIR" in caught.value.remedy
+
+
+def test_the_environment_is_on_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "very-secret-token")
+    with TritonServer(find_server(), Settings()) as server:
+        assert b"very-secret-token" in Path(f"/proc/{server.pid}/environ").read_bytes()
+        guard = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[1]
+        for pid in (server.pid, guard):
+            assert b"very-secret-token" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 # --- GPUs
 
 SMI = """#!/bin/sh
