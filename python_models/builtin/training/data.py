@@ -6,7 +6,6 @@ Everything is drawn from a `random.Random`, so a seed names a sample. Pixels are
 import functools
 import io
 import math
-import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from . import speech
+from .speech import ASSETS, Array
 
 COLOURS = {
     "red": (220, 30, 30), "orange": (245, 135, 20), "yellow": (240, 220, 40), "green": (30, 160, 50),
@@ -26,8 +26,10 @@ TONES = ("rising", "falling", "steady")
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 CHARACTERS = LETTERS + DIGITS
 RATE = speech.RATE
-ASSETS = Path(os.environ.get("TRIPTYCH_TRAIN_ASSETS", ".local/train_assets"))
-FONT_FOLDERS = (ASSETS / "fonts", *(Path("/usr/share/fonts/truetype") / n for n in ("dejavu", "liberation", "freefont")))
+FONT_FOLDERS = (
+    ASSETS / "fonts",
+    *(Path("/usr/share/fonts/truetype") / n for n in ("dejavu", "liberation", "freefont")),
+)
 
 Colour = tuple[int, int, int]
 
@@ -74,7 +76,7 @@ class Clip:
 class Sound:
     """A tone (`tone` is set) or spoken digits; `spans` are (digit, first sample, last sample)."""
 
-    samples: np.ndarray
+    samples: Array
     tone: str = ""
     digits: str = ""
     spans: list[tuple[int, int, int]] = field(default_factory=list)
@@ -156,7 +158,7 @@ def render(scene: Scene) -> tuple[Image.Image, Image.Image]:
         face = font(scene.font, scene.size)
         x, y = scene.glyphs[0][1:3]
         box = face.getbbox(scene.text)
-        mask = Image.new("L", (box[2] + 8, box[3] - box[1] + 4))
+        mask = Image.new("L", (int(box[2]) + 8, int(box[3] - box[1]) + 4))
         ImageDraw.Draw(mask).text((4, 2 - box[1]), scene.text, fill=255, font=face)
         picture.paste(scene.ink, (int(x) - 4, int(y) - 2), mask)
         cover.paste(255, (int(x) - 4, int(y) - 2), mask)
@@ -178,7 +180,7 @@ def ground(rng: random.Random, avoid: list[Colour], far: int = 110) -> Colour:
         grey = rng.randint(0, 255)
         plain = [(255, 255, 255), (128, 128, 128), (grey, grey, grey)]
         rgb = rng.choice(plain) if rng.random() < 0.5 else tuple(rng.randint(0, 255) for _ in range(3))
-        if all(sum((a - b) ** 2 for a, b in zip(rgb, other)) > far**2 for other in avoid):
+        if all(sum((a - b) ** 2 for a, b in zip(rgb, other, strict=True)) > far**2 for other in avoid):
             break
     return rgb  # type: ignore[return-value]
 
@@ -202,7 +204,7 @@ def shapes_scene(rng: random.Random, width: int, height: int, count: int | None 
     scene = Scene(width, height, ground(rng, colours))
     low = max(floor, 0.08 * side)
     high = max(low + 1, 0.46 * side if count == 1 else min(0.34 * side, 0.32 * math.sqrt(width * height / count)))
-    for kind, name, rgb in zip(kinds, names, colours):
+    for kind, name, rgb in zip(kinds, names, colours, strict=True):
         for attempt in range(200):
             radius = math.exp(rng.uniform(math.log(low), math.log(high)))
             radius = max(low, radius * (1 - attempt / 250))
@@ -212,6 +214,21 @@ def shapes_scene(rng: random.Random, width: int, height: int, count: int | None 
                 scene.shapes.append(Shape(kind, name, rgb, x, y, radius, turn(rng)))
                 break
     return scene
+
+
+def make_pair(
+    rng: random.Random, first: tuple[int, int], second: tuple[int, int], counts: tuple[int, int]
+) -> tuple[Scene, Scene]:
+    """Two scenes; single shapes often share a colour or a shape."""
+    pair = shapes_scene(rng, *first, counts[0]), shapes_scene(rng, *second, counts[1])
+    if counts == (1, 1):
+        a, b = pair[0].shapes[0], pair[1].shapes[0]
+        if rng.random() < 0.4:
+            b.kind = a.kind
+        if rng.random() < 0.4:
+            b.colour, b.rgb = a.colour, jitter(rng, COLOURS[a.colour])
+            pair[1].ground = ground(rng, [b.rgb])
+    return pair
 
 
 def random_text(rng: random.Random, length: int) -> str:
@@ -250,8 +267,10 @@ def text_scene(
         for _ in range(20):
             radius = rng.uniform(max(8, 0.08 * side), 0.3 * side)
             cx, cy = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-            clear = cx + radius < x - 6 or cx - radius > edges[-1] + 6 or cy + radius < y - 4 or cy - radius > bottom + 4
-            if clear and sum((a - b) ** 2 for a, b in zip(rgb, scene.ground)) > 110**2:
+            clear = (
+                cx + radius < x - 6 or cx - radius > edges[-1] + 6 or cy + radius < y - 4 or cy - radius > bottom + 4
+            )
+            if clear and sum((a - b) ** 2 for a, b in zip(rgb, scene.ground, strict=True)) > 110**2:
                 scene.shapes.append(Shape(rng.choice(SHAPES), name, rgb, cx, cy, radius, turn(rng)))
                 break
     return scene
@@ -264,14 +283,16 @@ def picture_size(rng: random.Random, low: int = 64, high: int = 1024) -> tuple[i
     return (long, short) if rng.random() < 0.5 else (short, long)
 
 
-def noise(rng: random.Random, width: int, height: int) -> np.ndarray:
+def noise(rng: random.Random, width: int, height: int) -> Array:
     """Grey or coloured noise of a random grain: float32 [height, width, 3], about unit variance."""
     grain = rng.choice((1, 2, 4, 8, 32))
     source = np.random.default_rng(rng.getrandbits(40))
     shape = (height // grain + 2, width // grain + 2, rng.choice((1, 3)))
     field_ = source.standard_normal(shape, np.float32)
     if grain > 1:
-        planes = [Image.fromarray(field_[..., c]).resize((width, height), Image.BICUBIC) for c in range(shape[2])]
+        planes = [
+            Image.fromarray(field_[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(shape[2])
+        ]
         field_ = np.stack([np.asarray(p) for p in planes], -1)
     return np.broadcast_to(field_[:height, :width], (height, width, 3))
 
@@ -342,18 +363,18 @@ def clip(rng: random.Random, width: int, height: int, two: bool | None = None) -
     return Clip(scene, actions, ends, rng.uniform(0.3, 0.7))
 
 
-def render_frames(rng: random.Random, moment: Clip, times: np.ndarray, noisy: bool) -> np.ndarray:
+def render_frames(rng: random.Random, moment: Clip, times: Array, noisy: bool) -> Array:
     """Frames at `times` in 0..1: uint8 [frames, height, width, 3]; equal times share one drawing."""
     scene = moment.scene
     back = Image.new("RGB", (scene.width, scene.height), scene.ground)
     if noisy:
         back = add_noise(rng, back, Image.new("L", back.size))
-    drawn: dict[float, np.ndarray] = {}
+    drawn: dict[float, Array] = {}
     for u in times.tolist():
         if u in drawn:
             continue
         frame = back.copy()
-        for shape, (x, y, radius, rgb, _), action in zip(scene.shapes, moment.ends, moment.actions):
+        for shape, (x, y, radius, rgb, _), action in zip(scene.shapes, moment.ends, moment.actions, strict=True):
             late = rgb if action == "changing colour" and u > moment.switch else shape.rgb
             now = Shape(shape.kind, "", late, shape.x + (x - shape.x) * u, shape.y + (y - shape.y) * u,
                         shape.radius + (radius - shape.radius) * u, shape.turn)  # fmt: skip
@@ -362,16 +383,16 @@ def render_frames(rng: random.Random, moment: Clip, times: np.ndarray, noisy: bo
     return np.stack([drawn[u] for u in times.tolist()])
 
 
-def sample_times(duration: float, frames: int, fps: float, low: int, high: int) -> tuple[np.ndarray, float]:
+def sample_times(duration: float, frames: int, fps: float, low: int, high: int) -> tuple[Array, float]:
     """The server's frame sampling: (times in 0..1 of the sampled frames, sampled frames per second)."""
     indices, rate = sample_indices(duration, frames, fps, low, high)
     return indices / max(1, frames - 1), rate
 
 
-def sample_indices(duration: float, frames: int, fps: float, low: int, high: int) -> tuple[np.ndarray, float]:
+def sample_indices(duration: float, frames: int, fps: float, low: int, high: int) -> tuple[Array, float]:
     """Which frames of a file are shown to the model: an even number between `low` and `high`, evenly spaced."""
     count = min(max(round(duration * fps), low), high)
-    count = max(2, round(count / 2) * 2)
+    count = max(2, count - count % 2)
     return np.linspace(0, frames - 1, count).round().astype(int), count / duration
 
 
@@ -398,10 +419,10 @@ def tone(rng: random.Random, length: int) -> Sound:
     return Sound(samples, tone=kind)
 
 
-def digits(rng: random.Random, length: int, voices: list[list[np.ndarray]]) -> Sound:
+def digits(rng: random.Random, length: int, voices: list[list[Array]]) -> Sound:
     """1 to 6 spoken digits with pauses between them in `length` samples; fewer where they do not fit."""
     sound = Sound(np.zeros(length, np.float32))
-    chosen: list[tuple[int, np.ndarray]] = []
+    chosen: list[tuple[int, Array]] = []
     stretch, one_voice = rng.uniform(0.94, 1.06), rng.random()
     for _ in range(rng.randint(1, max(1, min(6, int(length / RATE / 0.55))))):
         digit = rng.randint(0, 9)
@@ -417,7 +438,7 @@ def digits(rng: random.Random, length: int, voices: list[list[np.ndarray]]) -> S
     gaps = np.array([rng.random() + 0.05 for _ in range(len(chosen) + 1)])
     gaps *= free * rng.uniform(0.3, 1) / gaps.sum()
     at = 0
-    for (digit, spoken), gap in zip(chosen, gaps):
+    for (digit, spoken), gap in zip(chosen, gaps, strict=False):
         at += int(gap)
         sound.samples[at : at + len(spoken)] = spoken
         sound.spans.append((digit, at, at + len(spoken)))
@@ -426,7 +447,7 @@ def digits(rng: random.Random, length: int, voices: list[list[np.ndarray]]) -> S
     return sound
 
 
-def roughen(rng: random.Random, samples: np.ndarray) -> np.ndarray:
+def roughen(rng: random.Random, samples: Array) -> Array:
     """What microphones, telephones and codecs do: a low-pass, noise and gain."""
     if rng.random() < 0.4:
         spectrum = np.fft.rfft(samples)

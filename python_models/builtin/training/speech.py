@@ -1,6 +1,6 @@
 """Spoken digits by espeak-ng, made once and cached in one .npz file outside the repository.
 
-    python -m triptych.python_models.builtin.training.speech speech.npz
+    python -m triptych.python_models.builtin.training.speech
 
 The file holds 16 kHz int16 clips of single digits for two sets of voices that share no voice: ``train`` and ``test``.
 """
@@ -15,19 +15,23 @@ import subprocess
 import wave
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+Array = NDArray[Any]
+ASSETS = Path(os.environ.get("TRIPTYCH_TRAIN_ASSETS", Path.home() / ".cache" / "triptych" / "training"))
 RATE = 16000
-WORDS = "zero one two three four five six seven eight nine".split()
-TRAIN_VOICES = [f"en-us+{v}" for v in "m1 m2 m3 m4 m5 m7 m8 f1 f2 f3 f4 f5".split()]
-TRAIN_VOICES += [f"en-gb+{v}" for v in "m1 m3 m5 m7 f1 f3 f4".split()]
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TRAIN_VOICES = [f"en-us+{v}" for v in ["m1", "m2", "m3", "m4", "m5", "m7", "m8", "f1", "f2", "f3", "f4", "f5"]]
+TRAIN_VOICES += [f"en-gb+{v}" for v in ["m1", "m3", "m5", "m7", "f1", "f3", "f4"]]
 TRAIN_VOICES += ["en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan"]
 TEST_VOICES = ["en-us+m6", "en-gb+f2", "en-gb-x-rp+m4"]
 HOW = "Make the speech clips first: install espeak-ng and run `python -m {module} {path}`."
 
 
-def speak(word: str, voice: str, speed: int, pitch: int) -> np.ndarray:
+def speak(word: str, voice: str, speed: int, pitch: int) -> Array:
     """One spoken word, silence trimmed: int16 [samples] at 16 kHz."""
     command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", word]
     with wave.open(io.BytesIO(subprocess.run(command, capture_output=True, check=True).stdout)) as source:
@@ -43,7 +47,7 @@ def speak(word: str, voice: str, speed: int, pitch: int) -> np.ndarray:
     return np.clip(sound, -32767, 32767).astype(np.int16)
 
 
-def clips(voices: list[str], variants: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def clips(voices: list[str], variants: int, seed: int) -> tuple[Array, Array, Array]:
     """Every digit by every voice: (samples [total], offsets [clips + 1], digits [clips])."""
     rng = random.Random(seed)
     jobs = [
@@ -60,7 +64,7 @@ def clips(voices: list[str], variants: int, seed: int) -> tuple[np.ndarray, np.n
 
 
 @functools.cache
-def load(path: str, part: str) -> list[list[np.ndarray]]:
+def load(path: str, part: str) -> list[list[Array]]:
     """Clips of one part, 'train' or 'test', by digit: ten lists of int16 [samples]."""
     if not os.path.exists(path):
         raise SystemExit(f"{path} does not exist. " + HOW.format(module=__spec__.name, path=path))
@@ -72,7 +76,7 @@ def load(path: str, part: str) -> list[list[np.ndarray]]:
 def main() -> None:
     """Write the .npz file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path)
+    parser.add_argument("path", type=Path, nargs="?", default=ASSETS / "speech.npz")
     parser.add_argument("--variants", type=int, default=6, help="clips of each digit and voice")
     options = parser.parse_args()
     if shutil.which("espeak-ng") is None:
