@@ -148,7 +148,10 @@ def test_mrope_positions_and_deepstack_rows(make_tiny, device, kind, chunk):
     stage = tiny.stage(chunked_prefill_size=chunk)
     options = {"positions": positions, "rope_delta": delta, "items": items, "max_tokens": 20}
     first = tiny.ask(stage, prompt, tensors={"vision_embeddings": rows}, **options)
-    second = tiny.ask(stage, prompt, tensors={"vision_embeddings": rows}, **options)
+    # the same rows from two encoders, in another order than they stand in the prompt
+    options["items"] = (MediaItem("audio", "0", spans[:1], "audio"), *items[1:])
+    tensors = {"vision_embeddings": rows[12:], "audio_embeddings": rows[:12]}
+    second = tiny.ask(stage, prompt, tensors=tensors, **options)
     assert first.ok().token_ids == expected
     assert second.ok().token_ids == expected
     plain = tiny.ask(stage, prompt_of(31), max_tokens=12).ok()
