@@ -23,7 +23,7 @@ from .service import Service
 
 TEXT_STAGES = tuple(step.stage for step in CHAT_TEXT.steps)
 # Parsing more than this would hold up the tokens of all other requests.
-_PARSE_INLINE_BYTES = 64 * 2**10
+_PARSE_INLINE_BYTES = 2**20
 
 
 async def chat_completions(request: Request, service: Service) -> Response:

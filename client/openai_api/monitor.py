@@ -101,11 +101,12 @@ class Monitor:
                 await self._triton.control(stage, timeout_s=self._timeout_s)
                 misses, state.last_answer = 0, time.monotonic()
             except TriptychError as error:
-                # A stage that is only busy gets a second chance, a process that is gone does not.
+                # A busy machine can make a living process look dead once, and a reload costs all its requests.
                 misses += 1
-                if error.kind is not ErrorKind.TIMEOUT or misses >= _MAX_MISSES:
-                    await self._revive(stage, state, error)
-                    misses = 0
+                if misses < _MAX_MISSES:
+                    continue
+                await self._revive(stage, state, error)
+                misses = 0
             nudge.clear()
             try:
                 await asyncio.wait_for(nudge.wait(), self._interval_s)
