@@ -103,7 +103,8 @@ class _Serving:
             await asyncio.gather(serving, self._stop_triton(), return_exceptions=True)
             await asyncio.gather(starting, return_exceptions=True)
             stopping.cancel()
-            _say("stopped")
+            if self._stopping.is_set():
+                _say("stopped")
 
     async def _start(self) -> None:
         if self._args.triton_url:

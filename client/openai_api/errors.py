@@ -34,7 +34,8 @@ def in_openai_words(error: TriptychError, token_limit: str = "max_tokens") -> Tr
 def error_object(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:
     """The JSON body of an error answer."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    shown = None if param is None else _encodable(param)
+    return {"error": {"message": _encodable(message), "type": kind, "param": shown, "code": code}}
 
 
 def body_of(error: TriptychError) -> dict[str, Any]:
@@ -71,3 +72,8 @@ async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for a fault of the shim itself; the framework logs the traceback."""
     failed = TriptychError(ErrorKind.STAGE_FAILED, f"the HTTP endpoint failed: {type(error).__name__}")
     return answer_to(failed)
+
+
+def _encodable(text: str) -> str:
+    """The text without the unpaired surrogates that a request may name in a field."""
+    return text.encode("utf-8", "replace").decode()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
+import httpx
 import pytest
+from starlette.requests import Request
+from triptych.client.openai_api import Service, ShimOptions, body, create_app, sse
 from triptych.client.openai_api.admission import Admission
 from triptych.client.openai_api.errors import body_of, in_openai_words
 from triptych.client.openai_api.sse import Completion, error_event
@@ -121,3 +126,75 @@ def test_admission_counts_requests_and_bytes() -> None:
         first.release()
         second.release()
     assert (admission.requests, admission.bytes) == (0, 0)
+
+
+def test_a_client_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "WRITE_LIMIT_S", 0.05)
+    closed = False
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        nonlocal closed
+        try:
+            while True:
+                yield b"data: {}"
+        finally:
+            closed = True
+
+    async def run() -> None:
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        await asyncio.wait_for(sse.EventStream(events())({"type": "http"}, receive, send), 5)
+
+    asyncio.run(run())
+    assert closed
+
+
+def test_a_body_that_stops_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "_SILENCE_S", 0.05)
+    monkeypatch.setattr(body, "_DISCARD_S", 0.05)
+    admission = Admission(1, 100)
+
+    async def run() -> None:
+        first = True
+
+        async def receive() -> Any:
+            nonlocal first
+            if first:
+                first = False
+                return {"type": "http.request", "body": b"{", "more_body": True}
+            return await asyncio.Event().wait()
+
+        request = Request({"type": "http", "headers": []}, receive)
+        ticket = admission.enter()
+        try:
+            await body.read_body(request, ticket, 100)
+        finally:
+            ticket.release()
+
+    with pytest.raises(TriptychError, match="did not go on"):
+        asyncio.run(run())
+    assert (admission.requests, admission.bytes) == (0, 0)
+
+
+def test_a_fault_of_the_endpoint_itself_is_an_error_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(ShimOptions("m"))
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(service, "unavailable", broken)
+
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.post("/v1/chat/completions", content=b"{}")
+
+    answer = asyncio.run(run())
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "secret" not in answer.text

@@ -7,9 +7,12 @@ import json
 from typing import Any
 
 import pytest
-from triptych.client.openai_api.fields import ChatCall, parse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triptych.client.openai_api.errors import answer_to
+from triptych.client.openai_api.fields import _NEUTRAL, _SAMPLING, ChatCall, parse
 from triptych.python_models.contract.errors import TriptychError
-from triptych.python_models.contract.request import MediaPart, TextPart
+from triptych.python_models.contract.request import ChatRequest, MediaPart, TextPart
 
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -206,3 +209,48 @@ def test_a_body_that_is_no_object_is_refused(raw: bytes) -> None:
     with pytest.raises(TriptychError, match="JSON") as caught:
         parse(raw, "m", 10.0)
     assert caught.value.kind.status == 400
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = sorted(_SAMPLING | set(_NEUTRAL) | {"messages", "stream", "stream_options", "max_tokens", "model"})
+PART = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image_url", "video_url", "audio_url", "input_audio", "x"])},
+    optional={
+        "text": JSON,
+        "image_url": JSON | st.fixed_dictionaries({"url": JSON | st.just("data:,a")}, optional={"detail": JSON}),
+        "video_url": JSON | st.fixed_dictionaries({"url": JSON}),
+        "input_audio": JSON | st.fixed_dictionaries({"data": JSON}, optional={"format": JSON}),
+    },
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "x"]), "content": JSON | st.lists(PART, max_size=2)}
+    ),
+    max_size=2,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(change=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3), messages=JSON | MESSAGES)
+def test_whatever_the_body_holds_it_is_read_or_refused(change: dict[str, Any], messages: Any) -> None:
+    raw = json.dumps(BODY | {"messages": messages} | change).encode()
+    try:
+        found = parse(raw, "m", 10.0)
+    except TriptychError as error:
+        answer = answer_to(error)
+    else:
+        # what goes on to the ensemble is understood there
+        assert ChatRequest.from_json(found.request.to_json().encode(), len(found.media)) == found.request
+        return
+    assert answer.status_code in (400, 404)
+    assert json.loads(answer.body)["error"]["message"]
+
+
+def test_a_field_that_is_no_unicode_is_refused() -> None:
+    with pytest.raises(TriptychError) as caught:
+        parse(b'{"\\ud800": 1}', "m", 10.0)
+    assert b"unknown field" in answer_to(caught.value).body
