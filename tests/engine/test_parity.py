@@ -102,9 +102,10 @@ def test_embeddings_at_placeholders(make_tiny, device, chunk):
     items = (
         MediaItem("image", "a", ((3, 12),), "vision"),
         MediaItem("audio", "b", ((20, 21),), "audio"),
-        MediaItem("video", "c", ((30, 40), (40, 44)), "vision"),
+        # spans are in row order, which need not be prompt order
+        MediaItem("video", "c", ((40, 44), (30, 40)), "vision"),
     )
-    vision, audio = torch.cat([rows[:9], rows[10:]]), rows[9:10]
+    vision, audio = torch.cat([rows[:9], rows[20:], rows[10:20]]), rows[9:10]
     stage = tiny.stage(chunked_prefill_size=chunk)
     tensors = {"vision_embeddings": vision.to(device), "audio_embeddings": audio.numpy()}
     others = [tiny.ask(stage, prompt_of(n), max_tokens=20) for n in (4, 25)]

@@ -368,7 +368,8 @@ class Engine:
         params = request.sampling
         count = len(request.output_ids)
         ends = token_id in params.stop_token_ids or (token_id in self.config.eos_token_ids and not params.ignore_eos)
-        if ends and count >= params.min_tokens:
+        # before min_tokens the sampler does not choose such a token
+        if ends:
             return "stop", token_id, request.detokenizer.finish()
         piece = request.detokenizer.add(token_id)
         if piece.matched_stop is not None:
