@@ -68,19 +68,24 @@ def about_picture(rng: random.Random, task: str) -> Sample | None:
     return Sample(task, turn.question, turn.answer, [picture_file(rng, scene)])
 
 
-def clip_file(rng: random.Random, moment: data.Clip) -> bytes:
-    """The clip as an H.264 MP4 file of 1 to 6 s at 5 to 30 frames a second."""
-    fps, scene = rng.randint(5, 30), moment.scene
-    count = max(5, round(rng.uniform(1, 6) * fps))
-    frames = data.render_frames(rng, moment, np.linspace(0, 1, count), rng.random() < 0.5)
+def encode_clip(frames: Array, fps: int, crf: int) -> bytes:
+    """Frames [n, height, width, 3] as an H.264 MP4 file."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as target:
-        stream = target.add_stream("libx264", rate=Fraction(fps), options={"crf": str(rng.randint(18, 28))})
-        stream.width, stream.height, stream.pix_fmt = scene.width, scene.height, "yuv420p"
+        stream = target.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for pixels in frames:
             target.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         target.mux(stream.encode())
     return file.getvalue()
+
+
+def clip_file(rng: random.Random, moment: data.Clip) -> bytes:
+    """The clip as a file of 1 to 6 s at 5 to 30 frames a second."""
+    fps = rng.randint(5, 30)
+    count = max(5, round(rng.uniform(1, 6) * fps))
+    frames = data.render_frames(rng, moment, np.linspace(0, 1, count), rng.random() < 0.5)
+    return encode_clip(frames, fps, rng.randint(18, 28))
 
 
 def about_clip(rng: random.Random, task: str) -> Sample:
@@ -91,13 +96,18 @@ def about_clip(rng: random.Random, task: str) -> Sample:
     return Sample(task, turn.question, turn.answer, [("video", "video/mp4", clip_file(rng, moment))])
 
 
-def sound_file(rng: random.Random, samples: Array) -> tuple[str, str, bytes]:
+def encode_sound(samples: Array, rate: int, kind: str) -> bytes:
     """Sound at 16 kHz as a WAV or MP3 file of another rate."""
-    rate, kind = rng.choice(RATES), rng.choice(("wav", "mp3"))
-    samples = librosa.resample(samples, orig_sr=data.RATE, target_sr=rate)
     file = io.BytesIO()
+    samples = librosa.resample(samples, orig_sr=data.RATE, target_sr=rate)
     soundfile.write(file, np.clip(samples, -1, 1), rate, format=kind.upper())
-    return "audio", "audio/wav" if kind == "wav" else "audio/mpeg", file.getvalue()
+    return file.getvalue()
+
+
+def sound_file(rng: random.Random, samples: Array) -> tuple[str, str, bytes]:
+    """Sound at 16 kHz as a file of any usual kind and rate."""
+    rate, kind = rng.choice(RATES), rng.choice(("wav", "mp3"))
+    return "audio", "audio/wav" if kind == "wav" else "audio/mpeg", encode_sound(samples, rate, kind)
 
 
 def about_sound(rng: random.Random, task: str, voices: list[list[Array]]) -> Sample:

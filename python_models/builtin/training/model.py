@@ -7,6 +7,7 @@ pictures and sounds; `python -m triptych.python_models.builtin.training.check` c
 # mypy: disable-error-code="no-untyped-call,no-any-return"
 # (torch and transformers leave many methods untyped)
 
+import copy
 import functools
 import math
 from dataclasses import dataclass
@@ -187,9 +188,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2_5Omni
 
 def save(model: Network, tokenizer: PreTrainedTokenizerFast, folder: Path, shard: str = "100MB") -> None:
     """Write the Hugging Face folder in bf16; the model's own weights stay as they are."""
-    weights = {name: tensor.detach().to(torch.bfloat16).cpu() for name, tensor in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.save_pretrained(folder, state_dict=weights, max_shard_size=shard)
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    for part in (model.config.text_config, model.config.vision_config, model.config.audio_config):
+        part.dtype = torch.bfloat16
+    model.save_pretrained(folder, max_shard_size=shard)
     make_processor(tokenizer).save_pretrained(folder)
 
 

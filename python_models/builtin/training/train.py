@@ -1,10 +1,11 @@
-"""Train the built-in model from scratch on synthetic data, on one GPU in about half an hour.
+"""Train the built-in model from scratch on synthetic data, on one GPU in about a quarter of an hour.
 
-    python -m triptych.python_models.builtin.training.train --out run --seconds 1400
+    python -m triptych.python_models.builtin.training.train --out run --compile
 
 Data come from worker processes that draw without end. Beside the answers, linear heads that are not part of the model
-learn what each patch shows (shape, colour, centre, character) and which digit or tone each sound token holds: without
-them shapes take several times the steps and printed text does not start to be learnt.
+learn what each patch shows (shape, colour, centre, character), in which part of the picture it lies, and which digit or
+tone each sound token holds: without them shapes and places take many times the steps and printed text does not start to
+be learnt.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
@@ -284,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("run"))
     parser.add_argument("--resume", type=Path, help="folder of a saved checkpoint")
-    parser.add_argument("--seconds", type=float, default=1400)
+    parser.add_argument("--seconds", type=float, default=900)
     parser.add_argument("--begin", type=float, default=0.0, help="share of the schedule that is done already")
     parser.add_argument("--end", type=float, default=1.0, help="share of the schedule at which to stop")
     parser.add_argument("--rate", type=float, default=8e-4)
