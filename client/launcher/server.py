@@ -189,6 +189,28 @@ class TritonServer:
                 if attempt + 1 == LOAD_ATTEMPTS or "is not healthy" not in error.message:
                     raise
 
+    def another(self) -> TritonServer:
+        """A server like this one, on the same ports, to be started where this one has ended and was stopped.
+
+        It is needed: a stage that dies while it holds one of the locks that it shares with the server (it does for a
+        moment with every response and metric) takes the whole server along; release 24.10 then aborts with
+        ``boost::interprocess::lock_exception``.
+
+        Raises:
+            LauncherError: somebody else has taken one of the ports.
+        """
+        return TritonServer(
+            self.binary,
+            self.settings,
+            grpc_port=self._ports["gRPC"],
+            http_port=self._ports["HTTP"],
+            metrics_port=self._ports["metrics"],
+            embedding_dtype=self._embedding_dtype,
+            gpu_ids=self._gpu_ids,
+            log=self._wanted_log,
+            stage_classes=self._stage_classes,
+        )
+
     def alive(self) -> bool:
         """Whether the server process runs (its stages may be dead; see :meth:`stage_pids`)."""
         process = self._guard
