@@ -63,6 +63,23 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise CommandError(message) from None
 
 
+def refuse_with_running_server(args: argparse.Namespace) -> None:
+    """With --triton-url the settings are those of the server that runs.
+
+    Raises:
+        CommandError: an option that would have no effect.
+    """
+    given = [option_of(f.name) for f in fields(Settings) if getattr(args, f.name) is not None]
+    given += ["MODEL"] if args.model_argument is not None else []
+    given += [f"--{name}" for name in ("tritonserver", "server-log") if getattr(args, name.replace("-", "_"))]
+    given += [f"--{name}" for name in ("grpc-port", "http-port") if getattr(args, name.replace("-", "_"))]
+    if given:
+        raise CommandError(
+            f"{', '.join(given)} has no effect on a server that runs already (--triton-url)",
+            "leave it out, or start a server of your own without --triton-url",
+        )
+
+
 def resolve_model(model: str) -> str:
     """The model as the stages need it: folders absolute, since they run elsewhere.
 
@@ -90,8 +107,12 @@ def served_name(args: argparse.Namespace) -> str:
     """The name requests use: as asked for, else the model as it was given."""
     if args.served_model_name:
         return str(args.served_model_name)
-    model = args.model_argument or args.model or Settings.model
-    return "triptych-builtin" if model == "builtin" else str(model)
+    return name_of(args.model_argument or args.model or Settings.model)
+
+
+def name_of(model: str) -> str:
+    """The default name in requests of a model."""
+    return "triptych-builtin" if model == Settings.model else model
 
 
 def _metavar(kind: type) -> str:

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -52,6 +53,8 @@ def serve(args: argparse.Namespace) -> int:
         level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if args.triton_url:
+        options.refuse_with_running_server(args)
     settings = options.settings_of(args)
     shim = _shim_options(args)
     with _listen(args.host, args.port) as listener:
@@ -111,6 +114,10 @@ class _Serving:
             host = self._args.triton_url.split("://")[-1].rpartition(":")[0] or self._args.triton_url
             metrics_port = self._args.metrics_port or _TRITON_METRICS_PORT
             await self._service.connect(self._args.triton_url, f"http://{host}:{metrics_port}/metrics")
+            assert self._service.settings is not None
+            if not self._args.served_model_name:
+                name = options.name_of(self._service.settings.model)
+                self._service.options = replace(self._service.options, served_model_name=name)
         else:
             triton = await asyncio.to_thread(self._prepare_triton)
             await self._service.connect(triton.grpc_url, triton.metrics_url)

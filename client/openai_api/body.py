@@ -50,7 +50,7 @@ async def read_body(request: Request, ticket: Ticket, max_bytes: int) -> bytes:
         chunks.clear()
         ticket.release_bytes()
         if more and error.kind is not ErrorKind.CANCELLED:
-            await _discard(request)
+            await discard(request)
         raise
     return b"".join(chunks)
 
@@ -61,7 +61,9 @@ def _too_large(max_bytes: int) -> TriptychError:
     )
 
 
-async def _discard(request: Request) -> None:
+async def discard(request: Request) -> None:
+    """Take what is left of a body that is refused, within limits."""
+
     async def rest() -> None:
         while True:
             message = await request.receive()

@@ -15,7 +15,7 @@ from triptych.python_models.contract.tensors import CHAT_TEXT
 
 from . import sse
 from .admission import Ticket
-from .body import read_body
+from .body import discard, read_body
 from .errors import in_openai_words
 from .fields import ChatCall, parse
 from .generation import Generation
@@ -33,10 +33,14 @@ async def chat_completions(request: Request, service: Service) -> Response:
         TriptychError: for every failure before the first byte of the answer.
     """
     arrival = time.perf_counter()
-    # Before the body is read: what no request can do without. The rest is known once it is parsed.
-    if error := service.unavailable(TEXT_STAGES):
-        raise error
-    ticket = service.admission.enter()
+    try:
+        # Before the body is read: what no request can do without. The rest is known once it is parsed.
+        if error := service.unavailable(TEXT_STAGES):
+            raise error
+        ticket = service.admission.enter()
+    except TriptychError:
+        await discard(request)
+        raise
     try:
         options = service.options
         body = await read_body(request, ticket, options.max_body_bytes)
@@ -59,7 +63,6 @@ class _Run:
 
     def __init__(self, request: Request, service: Service, ticket: Ticket, call: ChatCall, arrival: float) -> None:
         self._generation = service.begin(call.request, call.media)
-        self._request = request
         self._service = service
         self._ticket = ticket
         self._token_limit = call.token_limit
@@ -81,7 +84,7 @@ class _Run:
             deltas = await self._next()
             self._ticket.release_bytes()
             if self._stream:
-                return sse.EventStream(self._events(deltas))
+                return sse.EventStream(self._events(deltas), self._close)
             while not deltas[-1].finish_reason:
                 deltas += await self._next()
             body = self._completion.whole(deltas)
@@ -103,8 +106,6 @@ class _Run:
             yield sse.DONE
         except TriptychError as error:
             yield sse.error_event(error)
-        finally:
-            self._close()
 
     async def _next(self) -> list[Delta]:
         try:

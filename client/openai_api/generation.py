@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.tensors import ENSEMBLES
 
 from .triton import Triton
+
+log = logging.getLogger("triptych.shim")
 
 # A cancel that overtakes its request on the way between two stages finds nothing to end, so it is sent again.
 _CANCEL_PAUSES_S = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
@@ -126,6 +129,9 @@ class Generation:
             self._end(TriptychError(ErrorKind.STAGE_FAILED, "the answer ended without a finish reason"))
         except TriptychError as error:
             self._end(error)
+        except Exception as error:
+            log.exception("request %s cannot be read", self.id)
+            self._end(TriptychError(ErrorKind.STAGE_FAILED, f"the answer cannot be read: {type(error).__name__}"))
 
     def _end(self, error: TriptychError) -> None:
         if not self._finished:

@@ -97,10 +97,9 @@ class Monitor:
         state, nudge = self.states[stage], self._nudges[stage]
         misses = 0
         while True:
-            try:
-                await self._triton.control(stage, timeout_s=self._timeout_s)
+            if (error := await self._probe(stage)) is None:
                 misses, state.last_answer = 0, time.monotonic()
-            except TriptychError as error:
+            else:
                 # A busy machine can make a living process look dead once, and a reload costs all its requests.
                 misses += 1
                 if misses < _MAX_MISSES:
@@ -112,6 +111,16 @@ class Monitor:
                 await asyncio.wait_for(nudge.wait(), self._interval_s)
             except asyncio.TimeoutError:
                 continue
+
+    async def _probe(self, stage: str) -> TriptychError | None:
+        try:
+            await self._triton.control(stage, timeout_s=self._timeout_s)
+        except TriptychError as error:
+            return error
+        except Exception as error:
+            log.exception("%s cannot be probed", stage)
+            return TriptychError(ErrorKind.STAGE_FAILED, f"{type(error).__name__}: {error}", stage=stage)
+        return None
 
     async def _revive(self, stage: str, state: StageState, error: TriptychError) -> None:
         state.up, state.reason = False, error.message
@@ -127,11 +136,13 @@ class Monitor:
         while True:
             try:
                 await self._triton.reload(stage)
-                await self._triton.control(stage, timeout_s=self._timeout_s)
+                failure = await self._probe(stage)
+            except TriptychError as refused:
+                failure = refused
+            if failure is None:
                 break
-            except TriptychError as failure:
-                state.reason = failure.message
-                log.error("%s could not be loaded: %s; next try in %.0f s", stage, failure.message, pause)
+            state.reason = failure.message
+            log.error("%s could not be loaded: %s; next try in %.0f s", stage, failure.message, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _MAX_BACKOFF_S)
         state.up, state.reason, state.last_answer = True, "", time.monotonic()

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 import uuid
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from triptych.client.sdk import wire
@@ -80,8 +80,8 @@ class Service:
         )
         self.monitor.start()
         self._tasks = [
-            asyncio.create_task(self._renew_leases(triton), name="leases"),
-            asyncio.create_task(self._watch_silence(), name="silence"),
+            asyncio.create_task(_repeat(self._renew_leases, options.lease_s / 3), name="leases"),
+            asyncio.create_task(_repeat(self._watch_silence, _TICK_S), name="silence"),
         ]
         self._why_not = ""
 
@@ -158,27 +158,32 @@ class Service:
             if stage == LANGUAGE_MODEL.name or (not generation.accepted and stage in generation.stages):
                 self._spawn(generation.cancel(error))
 
-    async def _renew_leases(self, triton: Triton) -> None:
-        while True:
-            await asyncio.sleep(self.options.lease_s / 3)
-            if self._running:
-                try:
-                    await triton.control(
-                        "language_model", renew=list(self._running), timeout_s=self.options.lease_s / 3
-                    )
-                except TriptychError as error:
-                    log.warning("leases could not be renewed: %s", error)
+    async def _renew_leases(self) -> None:
+        assert self._triton is not None
+        if self._running:
+            limit = self.options.lease_s / 3
+            await self._triton.control(LANGUAGE_MODEL.name, renew=list(self._running), timeout_s=limit)
 
     async def _watch_silence(self) -> None:
-        while True:
-            await asyncio.sleep(_TICK_S)
-            now = time.monotonic()
-            for generation in list(self._running.values()):
-                if error := generation.overdue(now):
-                    log.error("request %s: %s", generation.id, error)
-                    self._spawn(generation.cancel(error))
+        now = time.monotonic()
+        for generation in list(self._running.values()):
+            if error := generation.overdue(now):
+                log.error("request %s: %s", generation.id, error)
+                self._spawn(generation.cancel(error))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+async def _repeat(step: Callable[[], Awaitable[None]], pause_s: float) -> None:
+    """Do something for ever; every request depends on it, so no failure ends it."""
+    while True:
+        await asyncio.sleep(pause_s)
+        try:
+            await step()
+        except TriptychError as error:
+            log.warning("%s: %s", getattr(step, "__name__", step), error)
+        except Exception:
+            log.exception("%s failed", getattr(step, "__name__", step))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], on_end: Callable[[], None]) -> None:
+        """Args: the events; ``on_end``, called in any case when the stream is over, begun or not."""
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._on_end = on_end
         self._stuck = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,6 +47,7 @@ class EventStream(Response):
                 raise
             log.warning("a client took nothing of its stream for %g s and was left", WRITE_LIMIT_S)
         finally:
+            self._on_end()
             await self._events.aclose()
 
     async def _write(self, send: Send, message: Message) -> None:

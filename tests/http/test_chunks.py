@@ -131,6 +131,7 @@ def test_admission_counts_requests_and_bytes() -> None:
 def test_a_client_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "WRITE_LIMIT_S", 0.05)
     closed = False
+    ended: list[bool] = []
 
     async def events() -> AsyncGenerator[bytes, None]:
         nonlocal closed
@@ -148,10 +149,13 @@ def test_a_client_that_takes_nothing_is_left(monkeypatch: pytest.MonkeyPatch) ->
         async def receive() -> Any:
             await asyncio.Event().wait()
 
-        await asyncio.wait_for(sse.EventStream(events())({"type": "http"}, receive, send), 5)
+        await asyncio.wait_for(
+            sse.EventStream(events(), lambda: ended.append(True))({"type": "http"}, receive, send), 5
+        )
 
     asyncio.run(run())
     assert closed
+    assert ended == [True]
 
 
 def test_a_body_that_stops_gives_its_place_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,7 @@ def test_the_served_name_is_the_model_as_given() -> None:
         (["--host=no.such.host.invalid"], "--host"),
         (["--tritonserver=/no/such", "--port=0"], "/no/such"),
         (["--device=abacus", "--port=0"], "abacus"),
+        (["--triton-url=127.0.0.1:1", "--device=cpu", "builtin"], "--device, MODEL has no effect"),
     ],
 )
 def test_what_cannot_be_served_is_one_clear_error(

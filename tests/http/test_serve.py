@@ -105,19 +105,20 @@ def test_a_taken_port_is_one_clear_error(server: Any, command: list[str], checkp
     assert server.ask().status_code == 200
 
 
-def test_an_endpoint_over_a_running_server(start: Any, server: Any) -> None:
+def test_an_endpoint_over_a_running_server(start: Any, server: Any, checkpoint: Path) -> None:
     """--triton-url: no launch; and when this endpoint is killed, leases end what it left behind."""
     with start(
         "--triton-url",
         f"127.0.0.1:{server.grpc_port}",
         f"--metrics-port={server.metrics_port}",
-        "--served-model-name=second",
         "--port=0",
         "--lease-s=2",
     ) as served:
         url = served.wait_for("ready: ").split()[1]
+        [name] = [card["id"] for card in httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]]
+        assert name == str(checkpoint), "the name is that of the model which the server has"
         assert len(served.family()) == 1
-        body = {"model": "second", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+        body = {"model": name, "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body | {"max_tokens": 2}, trust_env=False, timeout=60)
         assert answer.json()["choices"][0]["message"] == server.ask().json()["choices"][0]["message"]
         served.url = url
