@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--server-log", metavar="FILE", help="keep the server's log here")
     group.add_argument(
+        "--max-server-restarts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="start it again where it ends by itself, this often within ten minutes (default %(default)s)",
+    )
+    group.add_argument(
         "--startup-timeout", type=float, default=1800, metavar="S", help="seconds to load (default %(default)s)"
     )
     options.add_settings(parser)

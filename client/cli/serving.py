@@ -27,6 +27,7 @@ from .parser import CommandError
 
 _SUPERVISE_S = 0.5
 _DRAIN_S = 5
+_RESTART_WINDOW_S = 600.0
 _TRITON_METRICS_PORT = 8002
 # gRPC cannot carry more in one message.
 _MAX_BODY_MB = 2000
@@ -79,6 +80,7 @@ class _Serving:
         self._triton: TritonServer | None = None
         self._began = time.monotonic()
         self._stopping = asyncio.Event()
+        self._restarts: list[float] = []
 
     async def run(self) -> int:
         """Start everything, wait, stop everything."""
@@ -137,8 +139,7 @@ class _Serving:
             gpu_ids=placement.gpu_ids,
             log=Path(args.server_log).absolute() if args.server_log else None,
         )
-        triton.start()
-        triton.wait_ready(args.startup_timeout, _say)
+        self._bring_up(triton)
         return triton
 
     async def _supervise(self, serving: asyncio.Task[None]) -> int:
@@ -147,11 +148,48 @@ class _Serving:
                 _complain("the HTTP endpoint ended by itself")
                 return 1
             if self._triton is not None and not self._triton.alive():
-                _complain("tritonserver ended by itself; start `triptych serve` again")
-                return 1
+                # A stage that dies while it holds a lock of the server takes the server along.
+                if not self._may_restart():
+                    _complain("tritonserver ended by itself; its log says why (--server-log FILE keeps it)")
+                    return 1
+                restarting = asyncio.create_task(self._restart())
+                stopping = asyncio.create_task(self._stopping.wait())
+                await asyncio.wait({restarting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                stopping.cancel()
+                if not restarting.done():
+                    # Stopping the server ends the restart.
+                    await asyncio.gather(self._stop_triton(), restarting, return_exceptions=True)
+                    return 0
+                restarting.result()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _SUPERVISE_S)
         return 0
+
+    def _may_restart(self) -> bool:
+        now = time.monotonic()
+        self._restarts = [moment for moment in self._restarts if now - moment < _RESTART_WINDOW_S]
+        if len(self._restarts) >= self._args.max_server_restarts:
+            return False
+        self._restarts.append(now)
+        return True
+
+    async def _restart(self) -> None:
+        assert self._triton is not None
+        _complain("tritonserver ended by itself; starting it again")
+        ended, began = self._triton, time.monotonic()
+        await self._service.disconnect("the Triton server is being restarted")
+        await asyncio.to_thread(ended.stop)
+        if self._stopping.is_set():
+            return
+        self._triton = triton = ended.another()
+        await asyncio.to_thread(self._bring_up, triton)
+        await self._service.connect(triton.grpc_url, triton.metrics_url)
+        self._service.metrics.server_restarts.inc()
+        _say(f"ready again after {time.monotonic() - began:.1f} s")
+
+    def _bring_up(self, triton: TritonServer) -> None:
+        triton.start()
+        triton.wait_ready(self._args.startup_timeout, _say)
 
     async def _stop_triton(self) -> None:
         if self._triton is not None:

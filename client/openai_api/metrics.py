@@ -43,6 +43,9 @@ class ShimMetrics:
         self.stage_restarts = Counter(
             "triptych_stage_restarts", "Times a dead stage was loaded again", ("stage",), registry=self.registry
         )
+        self.server_restarts = Counter(
+            "triptych_server_restarts", "Times the whole Triton server was started again", registry=self.registry
+        )
 
     def text(self) -> str:
         """The shim's metrics in Prometheus' text format."""

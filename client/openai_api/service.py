@@ -135,18 +135,28 @@ class Service:
         for generation in list(self._running.values()):
             self._spawn(generation.cancel(TriptychError(ErrorKind.OVERLOADED, reason)))
 
-    async def close(self) -> None:
-        """End every request and task, and the connection."""
-        self.drain()
+    async def disconnect(self, reason: str) -> None:
+        """Let go of the Triton server; requests are refused until the next :meth:`connect`.
+
+        Args:
+            reason: for those that run and those to come.
+        """
+        self.drain(reason)
         if self._background:
             await asyncio.wait(list(self._background), timeout=2.0)
         for task in (*self._tasks, *self._background):
             task.cancel()
         await asyncio.gather(*self._tasks, *self._background, return_exceptions=True)
+        self._tasks = []
         if self.monitor is not None:
             await self.monitor.stop()
         if self._triton is not None:
             await self._triton.close()
+            self._triton = None
+
+    async def close(self) -> None:
+        """End every request and task, and the connection."""
+        await self.disconnect("the server is shutting down")
 
     def _forget(self, generation: Generation) -> None:
         self._running.pop(generation.id, None)

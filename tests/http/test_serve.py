@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,34 @@ def test_a_life(start: Any, checkpoint: Path, tmp_path: Path) -> None:
         assert "Traceback" not in served.output()
 
 
-def test_a_tritonserver_that_dies_ends_the_command(start: Any, checkpoint: Path) -> None:
-    with start(str(checkpoint), "--port=0") as served:
-        served.wait_for("ready: ")
+def test_a_tritonserver_that_dies_is_started_again_but_not_for_ever(start: Any, checkpoint: Path) -> None:
+    def triton() -> psutil.Process:
+        [found] = [p for p in served.family() if "/bin/tritonserver" in (p.cmdline() or [""])[0]]
+        return found
+
+    with start(str(checkpoint), "--port=0", "--max-server-restarts=1", "--served-model-name=m") as served:
+        served.url = served.wait_for("ready: ").split()[1]
+        body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1900, "ignore_eos": True}
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(
+                httpx.post, f"{served.url}/v1/chat/completions", json=body, trust_env=False, timeout=60
+            )
+            wait_for(lambda: served.metric("triptych_requests_running", stage="language_model") == 1)
+            triton().kill()
+            began = time.monotonic()
+            failed = running.result()
+            assert time.monotonic() - began < 10
+        assert failed.status_code == 503, failed.text
+        served.wait_for("ready again")
+        answer = httpx.post(
+            f"{served.url}/v1/chat/completions", json=body | {"max_tokens": 2}, trust_env=False, timeout=60
+        )
+        assert answer.status_code == 200, answer.text
+        assert httpx.get(f"{served.url}/health", trust_env=False).status_code == 200
+        assert served.metric("triptych_server_restarts_total") == 1
         processes = served.family()
-        [triton] = [p for p in processes if "/bin/tritonserver" in (p.cmdline() or [""])[0]]
-        triton.kill()
+        triton().kill()
         assert served.process.wait(40) == 1
-        served.wait_for("tritonserver ended by itself", 5)
         assert gone(processes) == []
         assert "Traceback" not in served.output()
 
