@@ -201,7 +201,7 @@ class Engine:
     # what follows runs on the engine's thread
 
     def _loop(self) -> None:
-        if self._device.type == "cuda":
+        if self._device.index is not None and self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         with torch.inference_mode():
             while self._wait():
