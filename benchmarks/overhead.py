@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import httpx
 from support import body, median, picture, save, server
+
 from triptych.python_models.contract.request import ChatRequest, MediaPart, Message, TextPart
 from triptych.python_models.contract.sampling import SamplingParams
 from triptych.python_models.contract.settings import Settings

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
+
 from triptych.client.launcher import LauncherError, TritonServer, find_server, place
 from triptych.client.openai_api import Service, ShimOptions, create_app
 from triptych.python_models.contract.errors import TriptychError

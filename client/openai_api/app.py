@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 
 from . import errors, metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from starlette.requests import Request
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
 
 from .admission import Ticket

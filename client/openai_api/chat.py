@@ -9,6 +9,7 @@ from functools import partial
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
+
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.tensors import CHAT_TEXT

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 
 RETRY_AFTER_S = 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
 from triptych.python_models.contract.metrics import SECONDS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

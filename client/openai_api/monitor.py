@@ -74,10 +74,14 @@ class Monitor:
             self._metrics.stage_up.labels(stage).set(1)
             self._tasks.append(asyncio.create_task(self._watch(stage), name=f"monitor-{stage}"))
 
-    async def stop(self) -> None:
-        """End probing."""
+    def halt(self) -> None:
+        """Begin no probe any more: a server that is being stopped has no dead stages."""
         for task in self._tasks:
             task.cancel()
+
+    async def stop(self) -> None:
+        """End probing; returns when it has ended."""
+        self.halt()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def nudge(self) -> None:

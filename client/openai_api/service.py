@@ -130,8 +130,10 @@ class Service:
         self.metrics.body_bytes.set(self.admission.bytes)
 
     def drain(self, reason: str = "the server is shutting down") -> None:
-        """Refuse new requests and end those in flight with an error."""
+        """Refuse new requests, end those in flight with an error and revive no stage any more."""
         self._why_not = reason
+        if self.monitor is not None:
+            self.monitor.halt()
         for generation in list(self._running.values()):
             self._spawn(generation.cancel(TriptychError(ErrorKind.OVERLOADED, reason)))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
+
 from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
 from triptych.python_models.contract.errors import TriptychError
 

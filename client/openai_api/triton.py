@@ -9,13 +9,14 @@ from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToJson
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc as rpc
+
 from triptych.client.sdk import wire
 from triptych.client.sdk.client import rpc_error
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import STAGES
-from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc import service_pb2_grpc as rpc
 
 
 class Triton:

@@ -13,13 +13,14 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc as rpc
+
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.request import ChatRequest
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import STAGES
-from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc import service_pb2_grpc as rpc
 
 from . import wire
 

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from tritonclient.grpc import service_pb2 as pb
+
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.request import ChatRequest
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import CANCEL, CHAT, CHAT_TEXT, DELTA, MEDIA, RENEW, REQUEST, TensorSpec
-from tritonclient.grpc import service_pb2 as pb
 
 # The server is often on the loopback interface, where a proxy of the environment would be in the way.
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (

@@ -86,6 +86,10 @@ def _answer(job: dict[str, Any], source: int) -> tuple[dict[str, Any], int | Non
         memory.close()
         message = f"decoding the {job['kind']} needs more memory than a decoder may use"
         return {"error": ErrorKind.TOO_LARGE.value, "message": message}, None
+    except ImportError as error:
+        memory.close()
+        message = f"this server lacks what it needs to decode the {job['kind']}: {error}"
+        return {"error": ErrorKind.STAGE_FAILED.value, "message": message}, None
     except Exception as error:  # noqa: BLE001 - hostile files raise anything; the worker must live on
         memory.close()
         message = f"the {job['kind']} is damaged ({type(error).__name__} while decoding)"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.features import EncoderItem, pack, unpack

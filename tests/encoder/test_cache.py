@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from triptych.python_models.encoder.cache import EmbeddingCache
 
 # Bytes of rows(1).

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.features import EncoderItem, pack
 from triptych.python_models.contract.metrics import METRICS

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from triptych.python_models.contract.delta import Delta, Usage
 from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.plan import MediaItem, Plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from triptych.python_models.language_model.engine.attention import How, KVCache, PagedStep
 from triptych.python_models.language_model.engine.request import Slice
 

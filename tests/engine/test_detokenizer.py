@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from triptych.python_models.contract.sampling import SamplingParams
 from triptych.python_models.families import torchvision_fix
 from triptych.python_models.language_model.engine.detokenizer import Detokenizer, Vocabulary

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from triptych.python_models.contract.plan import MediaItem
 
 KINDS = ["qwen2", "gemma2", "gpt_oss", "qwen2_5_vl"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
 from triptych.python_models.contract.sampling import SamplingParams
 from triptych.python_models.language_model.engine.sampler import Sampler, SamplerState
 

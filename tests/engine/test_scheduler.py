@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from triptych.python_models.contract.sampling import SamplingParams
 from triptych.python_models.language_model.engine.blocks import BlockPool, OutOfBlocks
 from triptych.python_models.language_model.engine.request import Limits, Prompt, Request

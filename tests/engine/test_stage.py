@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.plan import MediaItem, Plan
 from triptych.python_models.contract.settings import Settings

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from triptych.python_models.builtin import checkpoint as builtin_checkpoint
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings

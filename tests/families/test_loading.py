@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families import torchvision_fix

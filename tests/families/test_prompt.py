@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.request import MediaPart, Message, TextPart
 from triptych.python_models.contract.settings import Settings

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from triptych.python_models.contract.request import ChatRequest, MediaPart, Message, TextPart
 from triptych.python_models.contract.sampling import SamplingParams
 from triptych.python_models.contract.settings import Settings

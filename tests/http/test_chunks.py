@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from starlette.requests import Request
+
 from triptych.client.openai_api import Service, ShimOptions, body, create_app, sse
 from triptych.client.openai_api.admission import Admission
 from triptych.client.openai_api.errors import body_of, in_openai_words

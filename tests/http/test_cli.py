@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from triptych.client.cli import main
 from triptych.client.cli.main import build
 from triptych.client.cli.options import option_of, served_name, settings_of

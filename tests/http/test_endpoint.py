@@ -127,6 +127,7 @@ def test_media_in_any_number_and_turn(client: openai.OpenAI, parts: Any) -> None
 def truth(checkpoint: Path) -> Callable[[list[Any], int], tuple[list[int], str]]:
     """(content of one user message, tokens) -> what transformers' ``generate`` answers."""
     import torch
+
     from triptych.python_models.families import torchvision_fix
 
     torchvision_fix.install()

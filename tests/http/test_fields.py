@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from triptych.client.openai_api.errors import answer_to
 from triptych.client.openai_api.fields import _NEUTRAL, _SAMPLING, ChatCall, parse
 from triptych.python_models.contract.errors import TriptychError

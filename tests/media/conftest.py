@@ -17,6 +17,7 @@ import psutil
 import pytest
 import soundfile
 from PIL import Image as PILImage
+
 from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.features import EncoderItem
 from triptych.python_models.contract.metrics import METRICS

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.media.audio import NotForSoundfileError, read_with_av, read_with_soundfile, to_audio
 from triptych.python_models.media.types import Audio

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+
 from triptych.python_models.media.digest import digest
 from triptych.python_models.media.image import decode_image
 from triptych.python_models.media.types import Audio, Image, Video

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.media.addresses import refusal
 from triptych.python_models.media.fetch import Fetcher

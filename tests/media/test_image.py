@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.media.image import decode_image
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.families.base import FrameSampling
 from triptych.python_models.media import pool as pool_module

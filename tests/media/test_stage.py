@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image as PILImage
+
 from triptych.python_models.contract.errors import ErrorKind
 from triptych.python_models.contract.features import unpack
 from triptych.python_models.contract.plan import Plan

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.features import unpack
 from triptych.python_models.contract.plan import Plan

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.families.base import FrameSampling
 from triptych.python_models.media import video

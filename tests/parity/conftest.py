@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
+
 from triptych.python_models.builtin import checkpoint as builtin_checkpoint
 from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.request import MediaPart, Message, TextPart

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from triptych.python_models.builtin import checkpoint as builtin_checkpoint
 
 VISION = ["text", "turns", "image", "two_images", "wide_image", "video", "slow_video"]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.features import pack
 from triptych.python_models.contract.plan import Plan

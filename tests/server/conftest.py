@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from triptych.client.launcher import TritonServer, find_server
 from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.settings import Settings

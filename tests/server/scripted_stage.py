@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.stage import Responder, Stage, Telemetry

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image as PILImage
+
 from triptych.client.launcher import TritonServer, find_server
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import ErrorKind, TriptychError

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from triptych.client.launcher import LauncherError, TritonServer, checks, find_server, place
 from triptych.client.launcher import binary as finding
 from triptych.python_models.contract.settings import Settings

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from triptych.python_models.families import torchvision_fix
 
 torchvision_fix.install()

@@ -31,6 +31,7 @@ from . import data, questions, speech
 from .speech import Array
 
 RATES = (8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000)
+BUSY = (429, 503)  # overloaded, or still loading: ask again
 GOALS = {"colour": 95, "shape": 95, "count": 95, "text": 80, "motion": 95, "tones": 95, "digits": 95}
 
 
@@ -207,7 +208,11 @@ class Server:
             "temperature": 0,
             "max_tokens": 64,
         }
-        reply = self.client.post("/v1/chat/completions", json=body)
+        until = time.monotonic() + 300
+        while (
+            reply := self.client.post("/v1/chat/completions", json=body)
+        ).status_code in BUSY and time.monotonic() < until:
+            time.sleep(1)
         if reply.status_code != 200:
             return f"HTTP {reply.status_code}: {reply.text[:200]}"
         return str(reply.json()["choices"][0]["message"]["content"] or "")
