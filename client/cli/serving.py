@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
+import uvloop
 
 from triptych.client.launcher import LauncherError, TritonServer, find_server, place
 from triptych.client.openai_api import Service, ShimOptions, create_app
@@ -61,7 +62,7 @@ def serve(args: argparse.Namespace) -> int:
     shim = _shim_options(args)
     with _listen(args.host, args.port) as listener:
         try:
-            return asyncio.run(_Serving(args, settings, shim, listener).run())
+            return uvloop.run(_Serving(args, settings, shim, listener).run())
         except LauncherError as error:
             raise CommandError(error.message, error.remedy) from None
         except TriptychError as error:

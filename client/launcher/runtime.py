@@ -87,6 +87,8 @@ class RuntimeFolder:
         # both would send the embedded interpreter to another installation
         environment.pop("PYTHONHOME", None)
         environment.pop("__PYVENV_LAUNCHER__", None)
+        # Several stages share the cores: an OpenMP thread that spins while it waits takes them from the others.
+        environment.setdefault("GOMP_SPINCOUNT", "0")
         environment["PATH"] = f"{python.parent}:{environment.get('PATH', '/usr/bin:/bin')}"
         dirs = [str(self.path / "lib"), *map(str, binary.library_dirs), environment.get("LD_LIBRARY_PATH", "")]
         environment["LD_LIBRARY_PATH"] = ":".join(d for d in dirs if d)
