@@ -3,7 +3,8 @@
     python benchmarks/overhead.py [--model builtin] [--device cpu] [--name overhead_cpu]
 
 Both sides answer the same requests in the same run, taking turns: one stream with a new picture each (time to first
-token), then 16 clients (completion tokens per second). Both run with GOMP_SPINCOUNT=0, as `triptych serve` sets it.
+token), then 16 clients (completion tokens per second), streaming and not. Both run with GOMP_SPINCOUNT=0, as
+`triptych serve` sets it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 
 import httpx
 from support import body, median, picture, save, server
@@ -27,11 +30,14 @@ from triptych.python_models.local import LocalEnsemble
 QUESTION = "What is in the picture?"
 
 
-def http_request(client: httpx.Client, url: str, png: bytes, max_tokens: int) -> tuple[float, int]:
-    """(seconds to the first token, tokens)."""
+def http_request(client: httpx.Client, url: str, png: bytes, max_tokens: int, stream: bool) -> tuple[float, int]:
+    """(seconds to the first token where the answer streams, tokens)."""
     start = time.perf_counter()
     first = 0.0
     tokens = 0
+    if not stream:
+        answer = client.post(f"{url}/v1/chat/completions", json=body(png, QUESTION, max_tokens, stream=False))
+        return first, int(answer.json()["usage"]["completion_tokens"])
     request = body(png, QUESTION, max_tokens) | {"stream_options": {"include_usage": True}}
     with client.stream("POST", f"{url}/v1/chat/completions", json=request) as response:
         for line in response.iter_lines():
@@ -45,14 +51,14 @@ def http_request(client: httpx.Client, url: str, png: bytes, max_tokens: int) ->
     return first, tokens
 
 
-def local_request(local: LocalEnsemble, png: bytes, max_tokens: int) -> tuple[float, int]:
+def local_request(local: LocalEnsemble, png: bytes, max_tokens: int, stream: bool) -> tuple[float, int]:
     """As http_request, in process."""
     message = Message("user", (MediaPart("image", blob=0), TextPart(QUESTION)))
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     start = time.perf_counter()
     first = 0.0
     tokens = 0
-    for delta in local.chat(ChatRequest((message,), sampling), [png]):
+    for delta in local.chat(ChatRequest((message,), sampling, stream=stream), [png]):
         if not first and delta.text:
             first = time.perf_counter() - start
         tokens += len(delta.token_ids)
@@ -76,6 +82,10 @@ def throughput(call: Callable[[int], tuple[float, int]], clients: int, each: int
     return sum(counts) / (time.perf_counter() - start)
 
 
+def _with(call: Callable[[int, int, bool], tuple[float, int]], n: int, stream: bool, seed: int) -> tuple[float, int]:
+    return call(seed, n, stream)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="builtin")
@@ -94,23 +104,24 @@ def main() -> None:
     with server(args.model, "--device", args.device) as (url, _, _), httpx.Client(
         timeout=600, limits=httpx.Limits(max_connections=None)
     ) as client, LocalEnsemble(Settings(model=args.model, device=args.device), args.device) as local:  # fmt: skip
-        sides: dict[str, Callable[[int, int], tuple[float, int]]] = {
-            "server": lambda seed, n: http_request(client, url, picture(seed), n),
-            "in_process": lambda seed, n: local_request(local, picture(seed), n),
+        sides: dict[str, Callable[[int, int, bool], tuple[float, int]]] = {
+            "server": lambda seed, n, stream: http_request(client, url, picture(seed), n, stream),
+            "in_process": lambda seed, n, stream: local_request(local, picture(seed), n, stream),
         }
         for call in sides.values():
             for seed in range(3):
-                call(seed, 4)
+                call(seed, 4, True)
         ttft: dict[str, list[float]] = {name: [] for name in sides}
         for i in range(args.requests):
             for k, (name, call) in enumerate(sides.items()):
-                ttft[name].append(call(1000 + 2 * i + k, 4)[0] * 1e3)
-        rate: dict[str, list[float]] = {name: [] for name in sides}
-        for i in range(args.rounds):
-            for k, (name, call) in enumerate(sides.items()):
-                seed = 10_000 * (2 * i + k + 1)
-                one = lambda s, call=call: call(s, args.max_tokens)  # noqa: E731
-                rate[name].append(throughput(one, args.clients, args.each, seed))
+                ttft[name].append(call(1000 + 2 * i + k, 4, True)[0] * 1e3)
+        rates: dict[bool, dict[str, list[float]]] = {stream: {name: [] for name in sides} for stream in (True, False)}
+        seeds = count(10_000, 10_000)
+        for _ in range(args.rounds):
+            for stream, rate in rates.items():
+                for name, call in sides.items():
+                    one = partial(_with, call, args.max_tokens, stream)
+                    rate[name].append(throughput(one, args.clients, args.each, next(seeds)))
     save(
         args.name,
         sys.argv,
@@ -118,10 +129,15 @@ def main() -> None:
             "ttft_ms_median": {name: round(median(v), 2) for name, v in ttft.items()},
             "ttft_added_ms_median": round(median(ttft["server"]) - median(ttft["in_process"]), 2),
             "clients": args.clients,
-            "tokens_per_s_median": {name: round(median(v), 1) for name, v in rate.items()},
-            "throughput_ratio_median": round(
-                median([a / b for a, b in zip(rate["server"], rate["in_process"], strict=True)]), 3
-            ),
+            **{
+                "streaming" if stream else "not_streaming": {
+                    "tokens_per_s_median": {name: round(median(v), 1) for name, v in rate.items()},
+                    "ratio_median": round(
+                        median([a / b for a, b in zip(rate["server"], rate["in_process"], strict=True)]), 3
+                    ),
+                }
+                for stream, rate in rates.items()
+            },
         },
     )
 
