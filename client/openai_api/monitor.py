@@ -30,12 +30,10 @@ class StageState:
     Attributes:
         up: it answered its last probe.
         reason: why not, or "".
-        last_answer: monotonic time of its last answer.
     """
 
     up: bool = True
     reason: str = ""
-    last_answer: float = 0.0
 
 
 class Monitor:
@@ -59,7 +57,7 @@ class Monitor:
         interval_s: float,
         timeout_s: float,
     ) -> None:
-        self.states = {stage: StageState(last_answer=time.monotonic()) for stage in stages}
+        self.states = {stage: StageState() for stage in stages}
         self._triton = triton
         self._on_death = on_death
         self._metrics = metrics
@@ -102,7 +100,7 @@ class Monitor:
         misses = 0
         while True:
             if (error := await self._probe(stage)) is None:
-                misses, state.last_answer = 0, time.monotonic()
+                misses = 0
             else:
                 # A busy machine can make a living process look dead once, and a reload costs all its requests.
                 misses += 1
@@ -149,7 +147,7 @@ class Monitor:
             log.error("%s could not be loaded: %s; next try in %.0f s", stage, failure.message, pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _MAX_BACKOFF_S)
-        state.up, state.reason, state.last_answer = True, "", time.monotonic()
+        state.up, state.reason = True, ""
         self._metrics.stage_restarts.labels(stage).inc()
         self._metrics.stage_up.labels(stage).set(1)
         log.warning("%s is back after %.1f s", stage, time.monotonic() - began)

@@ -81,11 +81,6 @@ def response_of(answer: Any) -> Any:
     return answer.infer_response
 
 
-def is_final(response: Any) -> bool:
-    """Whether the server says that nothing follows."""
-    return bool(response.parameters["triton_final_response"].bool_param)
-
-
 def delta_of(response: Any) -> Delta | None:
     """The delta in a ``ModelInferResponse``; None for the empty one that only says "final"."""
     if not response.outputs:

@@ -21,7 +21,7 @@ class Settings:
     Attributes:
         model: "builtin", a folder in Hugging Face layout, or a hub id.
         revision: hub revision; "" is the default branch.
-        trust_remote_code: allow code from the checkpoint.
+        trust_remote_code: run the code that a checkpoint brings along for its processor and tokenizer.
         device: "auto" (cuda where there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's on GPU, float32 on CPU), "float32", "bfloat16" or "float16".
         context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.

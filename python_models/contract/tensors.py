@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-STRING, UINT8, INT32, FP32 = "TYPE_STRING", "TYPE_UINT8", "TYPE_INT32", "TYPE_FP32"
+STRING, UINT8, INT32 = "TYPE_STRING", "TYPE_UINT8", "TYPE_INT32"
 EMBEDDING = "EMBEDDING"
 """Stands for the embedding dtype of a deployment: FP32 on CPU, BF16 or FP16 on GPU."""
 

@@ -40,7 +40,7 @@ class TransformersPreprocessor(ABC):
     def __init__(self, checkpoint: Checkpoint, settings: Settings, cls: Any, encoders: Mapping[str, str]) -> None:
         """Args: the checkpoint; options; its model class; modality -> encoder that takes it."""
         self.folder = checkpoint.folder
-        self.processor = _load_processor(checkpoint.folder)
+        self.processor = _load("AutoProcessor", "processor", checkpoint.folder, settings)
         self.encoders = encoders
         self.modalities = frozenset(encoders)
         # Positions come from the configuration alone, so the model stays on the meta device.
@@ -283,7 +283,7 @@ class TransformersFamily(ABC):
             rows: torch.Tensor = table(ids.masked_fill(is_media, 0))
             return rows
 
-        tokenizer = _load_tokenizer(self.checkpoint.folder)
+        tokenizer = _load("AutoTokenizer", "tokenizer", self.checkpoint.folder, self.settings)
         return Decoder(
             text_model=text_model,
             lm_head=model.lm_head,
@@ -306,21 +306,15 @@ def context_length(config: Any) -> int:
     return int(config.get_text_config().max_position_embeddings)
 
 
-def _load_processor(folder: Path) -> Any:
+def _load(auto_class: str, what: str, folder: Path, settings: Settings) -> Any:
+    """The checkpoint's processor or tokenizer; code that it brings along runs only where the operator trusts it."""
     try:
-        return model_class("AutoProcessor").from_pretrained(folder, local_files_only=True)
+        return model_class(auto_class).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=settings.trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         raise TriptychError(
-            ErrorKind.MODEL_NOT_FOUND, f"the processor of {folder} cannot be loaded: {error}", "settings.model"
-        ) from None
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        return model_class("AutoTokenizer").from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise TriptychError(
-            ErrorKind.MODEL_NOT_FOUND, f"the tokenizer of {folder} cannot be loaded: {error}", "settings.model"
+            ErrorKind.MODEL_NOT_FOUND, f"the {what} of {folder} cannot be loaded: {error}", "settings.model"
         ) from None
 
 

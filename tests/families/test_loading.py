@@ -241,3 +241,21 @@ def test_load_part_reports_what_dies_inside(tiny_checkpoint: Callable[[str], Pat
             device="cpu",
             dtype=torch.float32,
         )
+
+
+def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("qwen2_5_vl"), folder)
+    (folder / "own_code.py").write_text(
+        "from transformers import Qwen2_5_VLProcessor\n\n\nclass OwnProcessor(Qwen2_5_VLProcessor):\n    pass\n"
+    )
+    config = json.loads((folder / "processor_config.json").read_text())
+    config |= {"processor_class": "OwnProcessor", "auto_map": {"AutoProcessor": "own_code.OwnProcessor"}}
+    (folder / "processor_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(TriptychError, match="trust_remote_code"):
+        load_family(Settings(model=str(folder))).load_preprocessor()
+    trusted: Any = load_family(Settings(model=str(folder), trust_remote_code=True)).load_preprocessor()
+    assert type(trusted.processor).__name__ == "OwnProcessor"

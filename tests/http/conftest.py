@@ -67,12 +67,6 @@ class Serving:
         root = psutil.Process(self.process.pid)
         return [root, *(p for p in root.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE)]
 
-    def pid_of(self, words: str) -> int:
-        """Of the one started process whose command line holds ``words``."""
-        found = [p.pid for p in self.family()[1:] if any(words in part for part in p.cmdline()[:2])]
-        assert len(found) == 1, (words, found)
-        return found[0]
-
     def stage_pid(self, stage: str) -> int:
         found = []
         for process in self.family()[1:]:

@@ -215,7 +215,6 @@ class PagedStep:
                 self._chunks.append(_Chunk(offset, part, cache))
             offset += len(part)
         self._groups = [_Group(rows, slices, cache) for rows in groups.values()]
-        self._num_single = sum(len(g.rows) for g in self._groups)
         self._rows = [torch.tensor(g.rows, device=cache.device) for g in self._groups]
         self._slots = torch.from_numpy(np.concatenate(slots)).to(cache.device)
 
