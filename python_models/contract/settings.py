@@ -27,10 +27,20 @@ class Settings:
         context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.
         max_running_requests: requests that decode together.
         max_queued_requests: requests that may wait for that; one more is refused as overloaded.
-        chunked_prefill_size: tokens that one engine step computes at most.
+        chunked_prefill_size: tokens that one engine step computes at most; 0 computes every prompt in one piece.
         kv_cache_tokens: tokens the KV cache holds; 0 sizes it from memory.
         block_size: tokens of one KV block.
         mem_fraction_static: share of GPU memory for weights and KV cache together.
+        kv_cache_dtype: "auto" (as the weights) or "fp8" (e4m3: half the memory; costs accuracy, see docs).
+        prefix_cache: keep the KV blocks of finished requests for prompts that begin alike.
+        attention_backend: "auto" (triton on a GPU, sdpa on a CPU), "triton", "flash_attn" or "sdpa".
+        decoder_backend: "auto" (fused where the family allows it), "fused" or "transformers".
+        cuda_graphs: replay decode steps as CUDA graphs (no effect on a CPU).
+        overlap: queue the next step before the tokens of this one are read; "auto" does so on a GPU, "on", "off".
+        speculative_tokens: tokens guessed per step by prompt lookup for requests that do not say themselves; 0 is off.
+        tp: GPUs that share each layer of the language model (tensor parallel).
+        ep: of those, groups that hold different experts (expert parallel); divides tp.
+        max_media_mb: media embeddings that requests in flight may hold, in MiB; one more request is refused.
         request_timeout_s: a request ends after this long in any case.
         heartbeat_s: a running request that has nothing to say sends an empty delta this often.
         mm_max_concurrent_calls: requests whose media one preprocess instance handles at once.
@@ -60,6 +70,16 @@ class Settings:
     kv_cache_tokens: int = 0
     block_size: int = 16
     mem_fraction_static: float = 0.85
+    kv_cache_dtype: str = "auto"
+    prefix_cache: bool = True
+    attention_backend: str = "auto"
+    decoder_backend: str = "auto"
+    cuda_graphs: bool = True
+    overlap: str = "auto"
+    speculative_tokens: int = 0
+    tp: int = 1
+    ep: int = 1
+    max_media_mb: int = 4096
     request_timeout_s: float = 600.0
     heartbeat_s: float = 2.0
     mm_max_concurrent_calls: int = 32
@@ -110,6 +130,11 @@ class Settings:
                 given[name] = tuple(check.string(item, where) for item in value)
         if given.get("mem_fraction_static", 0.5) > 1:
             raise invalid("settings.mem_fraction_static must be at most 1", "settings.mem_fraction_static")
+        for name, allowed in _CHOICES.items():
+            if name in given and given[name] not in allowed:
+                raise invalid(
+                    f"settings.{name} must be one of {', '.join(allowed)}, not {given[name]!r}", f"settings.{name}"
+                )
         return cls(**given)
 
     def to_json(self) -> str:
@@ -117,9 +142,17 @@ class Settings:
         return json.dumps(asdict(self))
 
 
+_CHOICES = {
+    "kv_cache_dtype": ("auto", "fp8"),
+    "attention_backend": ("auto", "triton", "flash_attn", "sdpa"),
+    "decoder_backend": ("auto", "fused", "transformers"),
+    "overlap": ("auto", "on", "off"),
+}
 _MINIMUM = {
+    "tp": 1,
+    "ep": 1,
+    "max_media_mb": 1,
     "max_running_requests": 1,
-    "chunked_prefill_size": 1,
     "block_size": 1,
     "mem_fraction_static": 0.01,
     "request_timeout_s": 0.1,

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.plan import MediaItem, Plan
-from .engine.request import MediaRows, Prompt
+from .engine.request import Prompt
+from .runner.step import MediaRows
 
 STAGE = "language_model"
 _EMBEDDINGS = {"vision": "vision_embeddings", "audio": "audio_embeddings"}

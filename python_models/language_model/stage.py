@@ -17,8 +17,8 @@ from ..families.registry import load_family
 from ..stage import Responder, Stage, Telemetry
 from .engine.config import EngineConfig
 from .engine.engine import Engine, Submission
-from .engine.runner import DecoderRunner
 from .inputs import names, read_plan, read_prompt
+from .runner.runner import DecoderRunner
 from .sizing import kv_blocks
 
 logger = logging.getLogger(__name__)

@@ -25,9 +25,16 @@ ALLOWED = {
     "python_models/media": ("python_models/media", "python_models/contract", "python_models/families/base"),
     "python_models/language_model/engine": (
         "python_models/language_model/engine",
+        "python_models/language_model/runner",
         "python_models/contract",
         "python_models/families/base",
         "python_models/stage",
+        "kernels",
+    ),
+    "python_models/language_model/runner": (
+        "python_models/language_model/runner",
+        "python_models/contract",
+        "python_models/families",
         "kernels",
     ),
     "backends": ("backends", "python_models"),

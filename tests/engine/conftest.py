@@ -22,7 +22,8 @@ from triptych.python_models.families import torchvision_fix
 from triptych.python_models.families.base import Decoder
 from triptych.python_models.language_model.engine.config import EngineConfig
 from triptych.python_models.language_model.engine.engine import Engine, Submission
-from triptych.python_models.language_model.engine.request import Prompt, Slice
+from triptych.python_models.language_model.engine.request import Prompt
+from triptych.python_models.language_model.runner.step import KVGroup, Slice
 from triptych.python_models.language_model.stage import LanguageModelStage
 
 torchvision_fix.install()
@@ -141,24 +142,26 @@ class ToyRunner:
     """
 
     vocab_size = 40
+    kv_groups = (KVGroup((0,)),)
 
     def __init__(self, num_blocks: int, block_size: int, eos: int | None = 0) -> None:
         self.block_size = block_size
         self.memory = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self.eos = eos
+        self.last_tokens = torch.zeros(256, dtype=torch.int64)
         self.fail: Callable[[Sequence[Slice]], None] = lambda slices: None
         self.gate = threading.Event()
         self.gate.set()
         self.steps: list[list[int]] = []
         self.scrubbed: list[int] = []
 
-    def run(self, slices: Sequence[Slice]) -> torch.Tensor:
+    def forward(self, slices: Sequence[Slice]) -> torch.Tensor:
         assert self.gate.wait(WAIT_S)
         self.steps.append([len(part) for part in slices])
         self.fail(slices)
         rows = []
         for part in slices:
-            table = np.array(part.block_table)
+            table = np.array(part.block_tables[0])
             places = np.arange(part.start + len(part))
             slots = table[places // self.block_size] * self.block_size + places % self.block_size
             # the position is stored too, so a token found at another place is seen
@@ -166,7 +169,7 @@ class ToyRunner:
             for media in part.media:
                 values[media.positions] = (media.rows[:, 0].numpy() * 1000).astype(np.int64)
             self.memory[slots[part.start :]] = values
-            if part.wants_logits:
+            if part.num_logits:
                 rows.append(zlib.crc32(self.memory[slots].tobytes()) % (2**31))
         logits = torch.zeros(len(rows), self.vocab_size)
         for row, seed in enumerate(rows):
@@ -175,7 +178,7 @@ class ToyRunner:
                 logits[row, 0] = -torch.inf
         return logits
 
-    def scrub(self, blocks: Sequence[int]) -> None:
+    def scrub(self, group: int, blocks: Sequence[int]) -> None:
         self.scrubbed.extend(blocks)
         for block in blocks:
             self.memory[block * self.block_size : (block + 1) * self.block_size] = -1

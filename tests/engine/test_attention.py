@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from triptych.python_models.language_model.engine.attention import How, KVCache, PagedStep
-from triptych.python_models.language_model.engine.request import Slice
+from triptych.python_models.language_model.runner.attention import KVCache, PagedStep
+from triptych.python_models.language_model.runner.context import How
+from triptych.python_models.language_model.runner.step import Slice
 
 BLOCK = 4
 # (tokens in the cache, new tokens) of each request
@@ -62,7 +63,7 @@ def test_it_equals_plain_attention(case, how, kv_heads, device):
         table = tuple(next(blocks) for _ in range(-(-(done + new) // BLOCK)))
         cache.scrub(table)
         positions = np.arange(done, done + new)
-        slices.append(Slice(np.zeros(new, np.int64), positions[None], done, table))
+        slices.append(Slice(np.zeros(new, np.int64), positions[None], done, (np.asarray(table, np.int32),)))
         queries.append(torch.randn(heads, new, width, generator=generator))
         keys.append(torch.randn(kv_heads, done + new, width, generator=generator))
         values.append(torch.randn(kv_heads, done + new, value_width, generator=generator))

@@ -214,19 +214,19 @@ def test_a_request_that_breaks_a_step_harms_no_other(make_toy):
 def test_nan_logits_end_only_their_request_and_leave_clean_blocks(make_toy):
     toy = make_toy()
     expected = toy.submit([1, 2], max_tokens=20).ok().token_ids
-    plain = toy.runner.run
+    plain = toy.runner.forward
     blocks = []
 
     def run(slices):
         logits = plain(slices)
         for row, part in enumerate(slices):
             if part.start == 0 and part.token_ids[0] == 13:
-                blocks.append(part.block_table[0])
-            elif part.start == 9 and blocks == [part.block_table[0]]:
+                blocks.append(part.block_tables[0][0])
+            elif part.start == 9 and blocks == [part.block_tables[0][0]]:
                 logits[row] = torch.nan
         return logits
 
-    toy.runner.run = run
+    toy.runner.forward = run
     good, bad = toy.submit([1, 2], max_tokens=20), toy.submit([13, 2], max_tokens=20)
     assert bad.wait().error.kind is ErrorKind.STAGE_FAILED
     assert "NaN" in bad.error.message

@@ -10,7 +10,7 @@ from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.plan import MediaItem, Plan
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import LANGUAGE_MODEL
-from triptych.python_models.language_model.engine.runner import DecoderRunner
+from triptych.python_models.language_model.runner.runner import DecoderRunner
 from triptych.python_models.language_model.sizing import CPU_BYTES, kv_blocks
 from triptych.python_models.language_model.stage import LanguageModelStage
 

@@ -19,11 +19,11 @@ from ...contract.delta import Delta, TokenLogprob
 from ...contract.errors import ErrorKind, TriptychError
 from ...contract.sampling import SamplingParams
 from ...stage import Responder, Telemetry
+from ..runner.step import Runner
 from .blocks import BlockPool
 from .config import EngineConfig
 from .detokenizer import Detokenizer, Tokenizer, Vocabulary
 from .request import Limits, Prompt, Request, draw_seed
-from .runner import Runner
 from .sampler import Sampled, Sampler, SamplerState
 from .scheduler import Scheduler
 
@@ -315,8 +315,8 @@ class Engine:
     def _compute(self, tokens: Mapping[Request, int]) -> dict[Request, Sampled | None]:
         """Run one step; requests whose prompt is not complete yet have no sampled token."""
         slices = {request: request.slice(count) for request, count in tokens.items()}
-        logits = self._runner.run(list(slices.values()))
-        wanting = [request for request, part in slices.items() if part.wants_logits]
+        logits = self._runner.forward(list(slices.values()))
+        wanting = [request for request, part in slices.items() if part.num_logits]
         sampled = self._sampler.sample(logits, [r.sampler for r in wanting]) if wanting else []
         chosen = dict(zip(wanting, sampled, strict=True))
         return {request: chosen.get(request) for request in tokens}
@@ -409,7 +409,7 @@ class Engine:
         """End a request with an error, once."""
         if error.kind is ErrorKind.STAGE_FAILED and request.block_table:
             # whatever went wrong may have left NaN in its blocks
-            self._runner.scrub(self._pool.unpublish(request.block_table))
+            self._runner.scrub(0, self._pool.unpublish(request.block_table))
         if self._leave(request, error.kind.value):
             self._deliver(request, error)
 

@@ -1,4 +1,4 @@
-"""The state of one request inside the engine, and the plain data that the runner gets of it."""
+"""The state of one request inside the engine."""
 
 from __future__ import annotations
 
@@ -14,26 +14,12 @@ from numpy.typing import NDArray
 from ...contract.delta import TokenLogprob, Usage
 from ...contract.plan import MediaItem
 from ...contract.sampling import SamplingParams
+from ..runner.step import MediaRows, Slice
 
 if TYPE_CHECKING:
-    import torch
-
     from ...stage import Responder
     from .detokenizer import Detokenizer
     from .sampler import SamplerState
-
-
-@dataclass(frozen=True)
-class MediaRows:
-    """Embedding rows and where they go.
-
-    Attributes:
-        positions: int64 [n], ascending; indices into the prompt (or into a :class:`Slice`).
-        rows: [n, H * (1 + k)]: the embedding, then k deepstack rows that deeper layers add.
-    """
-
-    positions: NDArray[np.int64]
-    rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -53,30 +39,6 @@ class Prompt:
     rope_delta: int = 0
     items: tuple[MediaItem, ...] = ()
     media: tuple[MediaRows, ...] = ()
-
-    def __len__(self) -> int:
-        return int(self.token_ids.shape[0])
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Consecutive tokens of one request for one step.
-
-    Attributes:
-        token_ids: int64 [n].
-        position_ids: int64 [axes, n].
-        start: tokens of the request that lie in the KV cache already.
-        block_table: its KV blocks, enough for start + n tokens.
-        media: rows for placeholders in this slice, positions counted from its first token.
-        wants_logits: the last token is the newest known one, so the next is sampled.
-    """
-
-    token_ids: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
-    start: int
-    block_table: tuple[int, ...]
-    media: tuple[MediaRows, ...] = ()
-    wants_logits: bool = True
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
@@ -157,9 +119,9 @@ class Request:
             token_ids=self._tokens(start, end),
             position_ids=self._positions(start, end),
             start=start,
-            block_table=tuple(self.block_table),
+            block_tables=(np.asarray(self.block_table, dtype=np.int32),),
             media=tuple(media),
-            wants_logits=end == self.num_tokens,
+            num_logits=int(end == self.num_tokens),
         )
 
     def block_keys(self, num_tokens: int) -> Sequence[bytes]:

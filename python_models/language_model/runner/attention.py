@@ -8,43 +8,19 @@ travels as a keyword argument through the decoder, so there is no global state.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
-from .request import Slice
+from .context import AttentionContext, How
+from .step import Slice
 
 ATTENTION = "triptych_paged"
 """Name in transformers' attention registry. It has no entry in the mask registry, so decoders build no masks."""
 
 _FEW_BLOCKS = 32
-
-
-class AttentionContext(Protocol):
-    """What a step hands to every attention layer."""
-
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
-        """query [H, T, D], new key [Hk, T, D] and value [Hk, T, Dv] -> [T, H, Dv]."""
-
-
-@dataclass(frozen=True)
-class How:
-    """A layer's own manner of attending.
-
-    Attributes:
-        scaling: factor on query . key; None is 1 / sqrt(D).
-        window: a token sees itself and the window - 1 tokens before it; None sees all.
-        softcap: scores are squashed to (-softcap, softcap) by tanh (Gemma 2).
-        sinks: [H], a score per head that takes probability and gives nothing (gpt-oss).
-    """
-
-    scaling: float | None = None
-    window: int | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
 
 
 def paged_attention(
@@ -149,7 +125,7 @@ class _Group:
         longest = max(counts)
         table = np.full((len(rows), longest), cache.num_blocks, dtype=np.int64)
         for k, (i, count) in enumerate(zip(rows, counts, strict=True)):
-            table[k, :count] = slices[i].block_table[:count]
+            table[k, :count] = slices[i].block_tables[0][:count]
         self.blocks = torch.from_numpy(table.reshape(-1)).to(cache.device)
         ends = torch.tensor([[slices[i].start + 1] for i in rows], device=cache.device)
         places = torch.arange(longest * cache.block_size, device=cache.device)
@@ -171,8 +147,8 @@ class _Chunk:
         self.span = slice(offset, offset + len(part))
         self.fresh = part.start == 0
         self.context = part.start + len(part)
-        used = part.block_table[: -(-self.context // cache.block_size)]
-        self.blocks = torch.tensor(used, dtype=torch.int64, device=cache.device)
+        used = part.block_tables[0][: -(-self.context // cache.block_size)]
+        self.blocks = torch.from_numpy(used.astype(np.int64)).to(cache.device)
         self._start, self._length = part.start, len(part)
         self._cache = cache
         self._masks: dict[int | None, torch.Tensor] = {}
@@ -205,11 +181,11 @@ class PagedStep:
         offset = 0
         for index, part in enumerate(slices):
             places = np.arange(part.start, part.start + len(part))
-            table = np.asarray(part.block_table, dtype=np.int64)
+            table = part.block_tables[0].astype(np.int64)
             slots.append(table[places // size] * size + places % size)
             if len(part) == 1:
                 # padding at most doubles what is read; short contexts are not worth a call of their own
-                blocks = len(part.block_table)
+                blocks = len(part.block_tables[0])
                 groups.setdefault(blocks.bit_length() if blocks > _FEW_BLOCKS else 0, []).append(index)
             else:
                 self._chunks.append(_Chunk(offset, part, cache))

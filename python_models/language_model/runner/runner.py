@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ...contract.errors import ErrorKind, TriptychError
-from .attention import ATTENTION, How, KVCache, PagedStep, attention, register
-from .request import Slice
+from .attention import ATTENTION, KVCache, PagedStep, attention, register
+from .context import How
+from .step import KVGroup, Slice
 
 
 class DecoderModel(Protocol):
@@ -39,28 +40,14 @@ class DecoderModel(Protocol):
         """Axes of position ids."""
 
 
-class Runner(Protocol):
-    """Computes the next logits; the engine knows a model only through this."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-
-    def run(self, slices: Sequence[Slice]) -> torch.Tensor:
-        """Compute all slices; logits [N, V] of the last token of those that want them, in their order."""
-
-    def scrub(self, blocks: Sequence[int]) -> None:
-        """Blank the content of blocks whose request failed."""
-
-
 class DecoderRunner:
-    """A :class:`Runner` around transformers' own decoder code, with the KV cache in pages.
+    """A :class:`~.step.Runner` around transformers' own decoder code, with the KV cache in pages.
 
     The constructor runs two tokens through the decoder to learn each layer's key and value shapes, then allocates the
     pages. It raises UNSUPPORTED for a decoder that keeps state elsewhere than in keys and values.
     """
 
-    def __init__(self, decoder: DecoderModel, block_size: int, device: str) -> None:
+    def __init__(self, decoder: DecoderModel, block_size: int, device: str, num_slots: int = 256) -> None:
         self._decoder = decoder
         self._block_size = block_size
         self._device = device
@@ -84,11 +71,22 @@ class DecoderRunner:
         self._shapes = probe.shapes
         self._dtype = probe.dtype
         self._cache: KVCache | None = None
+        self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
         return self._vocab_size
+
+    @property
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """See :class:`~.step.Runner`."""
+        return (KVGroup(tuple(self._shapes)),)
+
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        """See :class:`~.step.Runner`."""
+        return self._last_tokens
 
     @property
     def bytes_per_token(self) -> int:
@@ -97,7 +95,7 @@ class DecoderRunner:
         return elements * self._dtype.itemsize
 
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache; needed before `run`.
+        """Make the KV cache; needed before `forward`.
 
         Raises:
             TriptychError: there is not that much memory.
@@ -120,30 +118,30 @@ class DecoderRunner:
         if torch.device(self._device).type == "cuda":
             torch.cuda.empty_cache()
 
-    def run(self, slices: Sequence[Slice]) -> torch.Tensor:
-        """See :class:`Runner`."""
+    def forward(self, slices: Sequence[Slice]) -> torch.Tensor:
+        """See :class:`~.step.Runner`."""
         if self._cache is None:
-            raise RuntimeError("allocate() comes before run()")
+            raise RuntimeError("allocate() comes before forward()")
         # single tokens first: they attend together
         order = sorted(range(len(slices)), key=lambda i: len(slices[i]) > 1)
         ordered = [slices[i] for i in order]
         hidden = self._forward(ordered, PagedStep(self._cache, ordered))
         ends = list(itertools.accumulate(len(part) for part in ordered))
-        last = {i: end - 1 for i, end in zip(order, ends, strict=True)}
-        wanted = [last[i] for i, part in enumerate(slices) if part.wants_logits]
+        end_of = dict(zip(order, ends, strict=True))
+        wanted = [end_of[i] - k for i, part in enumerate(slices) for k in range(part.num_logits, 0, -1)]
         if not wanted:
             return torch.empty(0, self._vocab_size, device=self._device)
         logits: torch.Tensor = self._decoder.lm_head(hidden[0, torch.tensor(wanted, device=self._device)])
         return logits
 
-    def scrub(self, blocks: Sequence[int]) -> None:
-        """See :class:`Runner`."""
+    def scrub(self, group: int, blocks: Sequence[int]) -> None:
+        """See :class:`~.step.Runner`."""
         if self._cache is not None and blocks:
             self._cache.scrub(blocks)
 
     def _forward(self, slices: Sequence[Slice], context: PagedStep | _Probe) -> torch.Tensor:
         """Hidden states [1, T, H] of the flat batch."""
-        ids = torch.from_numpy(np.concatenate([part.token_ids for part in slices])).to(self._device)
+        ids = self._token_ids(slices)
         positions = torch.from_numpy(np.concatenate([part.position_ids for part in slices], axis=1)).to(self._device)
         is_media, places, rows = self._media(slices, ids.shape[0])
         embeddings = self._decoder.embed(ids, is_media)
@@ -163,6 +161,15 @@ class DecoderRunner:
         )
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
+
+    def _token_ids(self, slices: Sequence[Slice]) -> torch.Tensor:
+        """int64 [T]; tokens that the host does not know yet come from `last_tokens`."""
+        ids = torch.from_numpy(np.concatenate([part.token_ids for part in slices])).to(self._device)
+        late = [(offset, part.slot) for offset, part in _offsets(slices) if part.first_on_device]
+        if late:
+            places, slots = torch.tensor(late, device=self._device).unbind(1)
+            ids[places] = self._last_tokens[slots]
+        return ids
 
     def _media(
         self, slices: Sequence[Slice], total: int
@@ -196,9 +203,16 @@ class _Probe:
         return attention(query[None], key[None], value[None], None, how)[0].transpose(0, 1)
 
 
+def _offsets(slices: Sequence[Slice]) -> Iterator[tuple[int, Slice]]:
+    offset = 0
+    for part in slices:
+        yield offset, part
+        offset += len(part)
+
+
 def _dummy(axes: int) -> Slice:
     ids = np.zeros(2, dtype=np.int64)
-    return Slice(ids, np.broadcast_to(np.arange(2, dtype=np.int64), (axes, 2)).copy(), 0, ())
+    return Slice(ids, np.broadcast_to(np.arange(2, dtype=np.int64), (axes, 2)).copy(), 0, (np.zeros(1, np.int32),))
 
 
 def _deepstack(places: list[torch.Tensor], rows: list[torch.Tensor], embeddings: torch.Tensor) -> dict[str, Any]:

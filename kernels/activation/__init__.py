@@ -1,0 +1,1 @@
+"""Gated activations: SiLU(gate) * up and GELU(gate) * up."""

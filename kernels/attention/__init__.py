@@ -1,0 +1,1 @@
+"""Paged attention: split-KV decode and prefill over ragged batches."""

@@ -1,0 +1,1 @@
+"""Similarity of video frames for efficient video sampling."""

@@ -1,0 +1,1 @@
+"""Pixels to patches: normalise and patchify from uint8."""

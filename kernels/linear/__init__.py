@@ -1,0 +1,1 @@
+"""Linear layers of few rows: memory-bound, fused with what surrounds them."""

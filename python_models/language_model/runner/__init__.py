@@ -1,0 +1,1 @@
+"""Computes a step: batches, attention backends, decoders, CUDA graphs, ranks."""

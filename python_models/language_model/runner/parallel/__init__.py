@@ -1,0 +1,1 @@
+"""Tensor and expert parallel: one process for each GPU."""
