@@ -24,6 +24,7 @@ class Settings:
         trust_remote_code: run the code that a checkpoint brings along for its processor and tokenizer.
         device: "auto" (cuda where there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's on GPU, float32 on CPU), "float32", "bfloat16" or "float16".
+        load_format: "auto" (the checkpoint's weights) or "dummy" (random ones of the same shapes, to measure speed).
         context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.
         max_running_requests: requests that decode together.
         max_queued_requests: requests that may wait for that; one more is refused as overloaded.
@@ -63,6 +64,7 @@ class Settings:
     trust_remote_code: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    load_format: str = "auto"
     context_length: int = 0
     max_running_requests: int = 64
     max_queued_requests: int = 1024
@@ -143,6 +145,7 @@ class Settings:
 
 
 _CHOICES = {
+    "load_format": ("auto", "dummy"),
     "kv_cache_dtype": ("auto", "fp8"),
     "attention_backend": ("auto", "triton", "flash_attn", "sdpa"),
     "decoder_backend": ("auto", "fused", "transformers"),

@@ -68,6 +68,7 @@ def load_part(
     part: str,
     device: str,
     dtype: torch.dtype,
+    dummy: bool = False,
 ) -> Any:
     """A model with only some of its modules, on ``device`` in ``dtype``, in evaluation mode.
 
@@ -78,10 +79,13 @@ def load_part(
         part: what is loaded, for messages.
         device: torch device.
         dtype: of the weights.
+        dummy: draw random weights instead of reading the files.
 
     Raises:
         TriptychError: STAGE_FAILED naming weights that are missing, MODEL_NOT_FOUND where there are no weight files.
     """
+    if dummy:
+        return _random_part(cls, folder, keep, device, dtype)
     try:
         model, info = _partial_class(cls, keep).from_pretrained(
             folder, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -103,6 +107,20 @@ def load_part(
             ErrorKind.STAGE_FAILED, f"the checkpoint {folder} lacks weights of the {part}: {shown}", "settings.model"
         )
     return model.eval().requires_grad_(False).to(device)
+
+
+def _random_part(cls: Any, folder: Path, keep: Callable[[Any], Sequence[str]], device: str, dtype: torch.dtype) -> Any:
+    """As `load_part`, with random weights drawn on the device."""
+    config = cls.config_class.from_pretrained(folder)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # the constructor also computes what no checkpoint stores, such as the frequencies of rotary embeddings
+        with torch.device(device):
+            model = _partial_class(cls, keep)(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
 
 
 def _partial_class(cls: Any, keep: Callable[[Any], Sequence[str]]) -> Any:

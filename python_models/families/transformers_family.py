@@ -297,7 +297,13 @@ class TransformersFamily(ABC):
 
     def _load(self, keep: Callable[[Any], Sequence[str]], part: str, device: str, dtype: torch.dtype) -> Any:
         return load_part(
-            model_class(self.model_class), self.checkpoint.folder, keep, part=part, device=device, dtype=dtype
+            model_class(self.model_class),
+            self.checkpoint.folder,
+            keep,
+            part=part,
+            device=device,
+            dtype=dtype,
+            dummy=self.settings.load_format == "dummy",
         )
 
 
