@@ -115,6 +115,7 @@ class Qwen25Omni(TransformersFamily):
 
     model_class = "Qwen2_5OmniThinkerForConditionalGeneration"
     towers: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("visual",), "audio": ("audio_tower",)}
+    packs_sequences = True
     modality_encoders: ClassVar[Mapping[str, str]] = {
         "image": "vision",
         "video": "vision",

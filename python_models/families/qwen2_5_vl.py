@@ -28,6 +28,7 @@ class Qwen2VL(TransformersFamily):
 
     model_class = "Qwen2VLForConditionalGeneration"
     towers: ClassVar[Mapping[str, tuple[str, ...]]] = {"vision": ("visual",)}
+    packs_sequences = True
     modality_encoders: ClassVar[Mapping[str, str]] = {"image": "vision", "video": "vision"}
     preprocessor_class: ClassVar[type[TransformersPreprocessor]] = QwenVisionPreprocessor
     encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]] = {"vision": QwenVisionEncoder}

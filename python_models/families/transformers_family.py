@@ -28,6 +28,7 @@ from .base import Decoder, FrameSampling, Prepared
 from .checkpoint import Checkpoint
 from .loading import load_part, meta_model, model_class
 from .prompt import PromptWriter
+from .tower_attention import use_packed_attention
 
 # The values of transformers' mm_token_type_ids.
 TOKEN_TYPES = {"image": 1, "video": 2, "audio": 3}
@@ -241,6 +242,8 @@ class TransformersFamily(ABC):
     """Encoder -> children of the base model that it needs."""
     modality_encoders: ClassVar[Mapping[str, str]]
     """Modality -> encoder."""
+    packs_sequences: ClassVar[bool] = False
+    """Its towers can attend in one call for all sequences (see :mod:`.tower_attention`)."""
     preprocessor_class: ClassVar[type[TransformersPreprocessor]]
     encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]]
 
@@ -265,6 +268,9 @@ class TransformersFamily(ABC):
             return [prefix + name for name in self.towers[encoder]]
 
         model = self._load(keep, f"{encoder} encoder", device, dtype)
+        if self.packs_sequences and torch.device(device).type == "cuda":
+            for name in self.towers[encoder]:
+                use_packed_attention(model.base_model.get_submodule(name))
         return self.encoder_classes[encoder](model, device, dtype)
 
     def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
