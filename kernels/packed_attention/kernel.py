@@ -30,6 +30,7 @@ def _kernel(
     BLOCK_N: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 as if it were integers
 ):
     sequence = tl.program_id(2)
     low = tl.load(starts + sequence)
@@ -42,6 +43,7 @@ def _kernel(
         inside = columns < width
         wanted = (rows < high)[:, None] & inside[None, :]
         q = tl.load(query + rows.to(tl.int64)[:, None] * q_token + head * q_head + columns[None, :], wanted, other=0.0)
+        q = q.to(tl.float32) if UPCAST else q
         best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
@@ -54,6 +56,7 @@ def _kernel(
                 known[None, :] & inside[:, None],
                 other=0.0,
             )
+            k = k.to(tl.float32) if UPCAST else k
             scores = tl.dot(q, k, input_precision=PRECISION) * scale
             scores = tl.where(known[None, :], scores, float("-inf"))
             top = tl.maximum(best, tl.max(scores, 1))
@@ -65,6 +68,7 @@ def _kernel(
                 known[:, None] & inside[None, :],
                 other=0.0,
             )
+            v = v.to(tl.float32) if UPCAST else v
             acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
             best = top
         acc = acc / total[:, None]
@@ -107,6 +111,7 @@ def launch(
         BLOCK_N=block_n,
         WIDTH=max(16, triton.next_power_of_2(width)),
         PRECISION="ieee" if single else "tf32",
+        UPCAST=not query.is_cuda,
         num_warps=warps,
         num_stages=2,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 
@@ -11,7 +13,7 @@ def packed_attention_reference(
     """See :func:`..packed_attention`; sums in float32."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     bounds = starts.tolist()
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in itertools.pairwise(bounds):
         q, k, v = (part[low:high].transpose(0, 1).float() for part in (query, key, value))
         out[low:high] = ((q @ k.transpose(1, 2) * scaling).softmax(-1) @ v).transpose(0, 1).to(query.dtype)
     return out

@@ -35,7 +35,7 @@ def test_compiles_for_the_h200(compile_sm90, block_m, warps):
             **dict.fromkeys(strides, "i32:16"),
             "width": "i32:16",
         },
-        {"BLOCK_M": block_m, "BLOCK_N": 64, "WIDTH": 128, "PRECISION": "tf32"},
+        {"BLOCK_M": block_m, "BLOCK_N": 64, "WIDTH": 128, "PRECISION": "tf32", "UPCAST": False},
         num_warps=warps,
         num_stages=2,
     )
