@@ -34,7 +34,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         common: dict[str, Any] = {"dest": field.name, "default": None}
         text = helps[field.name].replace("%", "%%")
         if kind is bool:
-            group.add_argument(option, action="store_true", help=text, **common)
+            shown = " (on by default)" if field.default else ""
+            group.add_argument(option, action=argparse.BooleanOptionalAction, help=text + shown, **common)
         elif kind in (int, float, str):
             shown = "" if field.default == "" else f" (default {field.default})"
             group.add_argument(option, type=kind, metavar=_metavar(kind), help=text + shown, **common)
