@@ -7,34 +7,22 @@ import fcntl
 import json
 import mmap
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..contract.errors import ErrorKind, TriptychError
+from ..process import ending, python_command
 from .limits import unreadable
 from .worker import MAX_MESSAGE
 
 START_TIMEOUT_S = 60.0
-_BOOT = """
-import site, sys
-folders = sys.argv[3:]
-for folder in folders:
-    if folder not in sys.path:
-        site.addsitedir(folder)
-sys.path[:] = folders + [folder for folder in sys.path if folder not in folders]
-from triptych.python_models.media.worker import serve
-serve(int(sys.argv[1]), int(sys.argv[2]))
-"""
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "TMPDIR")
 _PIECE = 4 * 2**20
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGBUS, signal.SIGILL)
@@ -108,7 +96,7 @@ class DecodePool:
                 if -code in _CRASHES:
                     raise DecoderCrashedError from None
                 raise TriptychError(
-                    ErrorKind.STAGE_FAILED, f"a decode worker ended unexpectedly ({_cause(code)}); try again"
+                    ErrorKind.STAGE_FAILED, f"a decode worker ended unexpectedly ({ending(code)}); try again"
                 ) from None
             except BaseException:
                 await asyncio.shield(self._discard(worker))
@@ -142,7 +130,7 @@ class DecodePool:
             code = await self._discard(worker, grace_s=1.0)
             raise TriptychError(
                 ErrorKind.STAGE_FAILED,
-                f"the decode worker did not start ({_cause(code)}); check that {worker.python} can import "
+                f"the decode worker did not start ({ending(code)}); check that {worker.python} can import "
                 "triptych.python_models.media.worker (numpy, av and soundfile must be installed for it)",
             ) from None
         except BaseException:
@@ -173,11 +161,11 @@ class _Worker:
 
     def __init__(self) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.python = _python()
-        folders = [str(Path(p).resolve()) for p in sys.path if p and Path(p).is_dir()]
+        command = python_command("triptych.python_models.media.worker:serve", str(theirs.fileno()), str(os.getpid()))
+        self.python = command[0]
         with theirs:
             self.process = subprocess.Popen(
-                [self.python, "-I", "-c", _BOOT, str(theirs.fileno()), str(os.getpid()), *folders],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 # decord's native log would write pieces of the caller's file to it
@@ -273,21 +261,3 @@ def _map(fd: int | None) -> mmap.mmap | bytes:
         return mmap.mmap(fd, size, access=mmap.ACCESS_COPY) if size else b""
     finally:
         os.close(fd)
-
-
-def _python() -> str:
-    """This environment's interpreter; sys.executable is something else where Python is embedded (Triton's stub)."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    here = [Path(sys.executable)] if Path(sys.executable).name.startswith("python") else []
-    for prefix in (sys.prefix, sys.base_prefix):
-        here += [Path(prefix, "bin", version)]
-    for path in here:
-        if path.is_file() and os.access(path, os.X_OK):
-            return str(path)
-    if found := shutil.which(version):
-        return found
-    raise TriptychError(ErrorKind.STAGE_FAILED, f"no {version} found to run decode workers; put it on PATH")
-
-
-def _cause(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"

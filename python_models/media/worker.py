@@ -6,7 +6,6 @@ answer is a JSON message with the decoded array in another. It imports numpy, Py
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import mmap
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..contract.errors import ErrorKind, TriptychError
 from ..families.base import FrameSampling
+from ..process import end_with_parent
 from .audio import read_with_av
 from .video import decode_video
 
@@ -29,23 +29,20 @@ MAX_MESSAGE = 65536
 MAX_MEMORY = 8 * 2**30
 """Address space of a worker: a file that makes a decoder ask for more fails alone."""
 
-_PR_SET_PDEATHSIG = 1
 
-
-def serve(fd: int, parent: int) -> None:
+def serve(fd: str, parent: str) -> None:
     """Answer jobs until the other end closes.
 
     Args:
-        fd: the worker's end of the socket.
+        fd: number of the worker's end of the socket.
         parent: process id of the owner; the worker ends with it, whatever it is doing.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if not end_with_parent(int(parent)):
         return
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    connection = socket.socket(fileno=fd)
+    connection = socket.socket(fileno=int(fd))
     connection.sendall(b'{"ready": true}')
     while True:
         message, fds, _, _ = socket.recv_fds(connection, MAX_MESSAGE, 1)
