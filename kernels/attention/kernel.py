@@ -1,0 +1,366 @@
+"""Attention over a paged KV cache: one kernel for decode, short and long queries, and one that merges splits.
+
+FlashAttention-2 (Dao 2023) with the keys of a tile found through the block table, and with the keys of a query shared
+out over programs where there are too few queries to fill the GPU (split-KV, "flash decoding", Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _tile(
+    keys,  # pages of this kv head: the address of token 0 of block 0
+    values,
+    table,  # this request's row of the block table
+    first,  # first token of the tile
+    begin,  # tokens before this may be gone (windows)
+    end,  # tokens from here on are not there
+    key_block,
+    key_token,
+    value_block,
+    value_token,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """Addresses of a tile of keys [BLOCK_N, BLOCK_D] and values [BLOCK_N, BLOCK_DV], and which of both to read."""
+    at = first + tl.arange(0, BLOCK_N)
+    there = (at >= begin) & (at < end)
+    if PAGE % BLOCK_N == 0:
+        # the tile lies within one page, so one number is read; a tile is never begun past the end
+        block = tl.load(table + first // PAGE).to(tl.int64)
+        keys += block * key_block
+        values += block * value_block
+        slot = first % PAGE + tl.arange(0, BLOCK_N)
+        key_rows = slot * key_token
+        value_rows = slot * value_token
+    else:
+        if BOUNDED:
+            blocks = tl.load(table + at // PAGE, there, other=0).to(tl.int64)
+        else:
+            blocks = tl.load(table + at // PAGE).to(tl.int64)
+        key_rows = blocks * key_block + at % PAGE * key_token
+        value_rows = blocks * value_block + at % PAGE * value_token
+    wide = tl.arange(0, BLOCK_D)
+    wide_value = tl.arange(0, BLOCK_DV)
+    key_mask = there[:, None] & (wide < D)[None, :]
+    value_mask = there[:, None] & (wide_value < DV)[None, :]
+    key_at = keys + key_rows[:, None] + wide[None, :]
+    value_at = values + value_rows[:, None] + wide_value[None, :]
+    return key_at, key_mask, value_at, value_mask
+
+
+@triton.jit
+def _read(at, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BOUNDED: tl.constexpr, DTYPE: tl.constexpr):
+    """A tile as DTYPE; nothing is masked that need not be."""
+    # what is not there may hold anything, NaN too, and 0 * NaN is NaN
+    tile = tl.load(at, mask, other=0.0) if BOUNDED or WIDTH != BLOCK else tl.load(at)
+    return tile.to(DTYPE)
+
+
+@triton.jit
+def _pass(
+    acc,
+    peak,
+    total,
+    query,
+    positions,
+    span_start,
+    span_end,
+    keys,
+    values,
+    table,
+    low,
+    high,
+    begin,
+    end,
+    key_block,
+    key_token,
+    value_block,
+    value_token,
+    scale,  # factor on query . key; times log2(e) unless there is a soft cap
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SPANS: tl.constexpr,
+    MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Online softmax over the keys [low, high), in tiles. Not MASKED: every row sees all of them."""
+    for first in range(low, high, BLOCK_N):
+        key_at, key_mask, value_at, value_mask = _tile(
+            keys,
+            values,
+            table,
+            first,
+            begin,
+            end,
+            key_block,
+            key_token,
+            value_block,
+            value_token,
+            D,
+            DV,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_N,
+            PAGE,
+            MASKED,
+        )
+        key = _read(key_at, key_mask, D, BLOCK_D, MASKED, DTYPE)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        if SOFTCAP > 0:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both infinities of exp
+            grown = tl.exp2(scores * (2.0 * _LOG2E / SOFTCAP))
+            scores = (1.0 - 2.0 / (grown + 1.0)) * (SOFTCAP * _LOG2E)
+        if MASKED:
+            at = first + tl.arange(0, BLOCK_N)
+            seen = at[None, :] <= positions[:, None]
+            if SPANS:
+                seen |= (at[None, :] >= span_start[:, None]) & (at[None, :] < span_end[:, None])
+            if WINDOW > 0:
+                seen &= at[None, :] > positions[:, None] - WINDOW
+            scores = tl.where(seen & (at < end)[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        # rows that have seen nothing yet: -inf - -inf is NaN
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+        shrink = tl.exp2(peak - base)
+        weights = tl.exp2(scores - base[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        value = _read(value_at, value_mask, DV, BLOCK_DV, MASKED, DTYPE)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(DTYPE), value, acc, input_precision=PRECISION)
+        peak = new_peak
+    return acc, peak, total
+
+
+@triton.jit(
+    do_not_specialize=["table_row", "span_row"],
+    do_not_specialize_on_alignment=["block_table", "context_lens", "query_starts", "spans", "sinks"],
+)
+def _attend_kernel(
+    query,  # [T, H, D]
+    key_pages,  # [N, Hk, PAGE, D]
+    value_pages,  # [N, Hk, PAGE, DV]
+    block_table,  # int32 [B, M]
+    context_lens,  # int32 [B]
+    query_starts,  # int32 [B + 1], or None: one token for each request
+    spans,  # int32 [T, 2], or None
+    sinks,  # [H], or None
+    out,  # [T, H, DV], written with one split
+    partial,  # float32 [T, H, SPLITS, DV], written with several: what each split gives by itself
+    log_sums,  # float32 [T, H, SPLITS]: log2 of the sum of exponentials of each split
+    scale,
+    value_scale,
+    query_token,
+    query_head,
+    key_block,
+    key_head,
+    key_token,
+    value_block,
+    value_head,
+    value_token,
+    table_row,
+    span_row,
+    out_token,
+    out_head,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads of a kv head
+    PACK: tl.constexpr,  # rows of a tile are tokens x PACK heads; GROUP or 1
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: none
+    SOFTCAP: tl.constexpr,  # 0: none
+    PHASES: tl.constexpr,  # tiles that every row sees whole go without masks
+    DTYPE: tl.constexpr,  # what is multiplied
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    request = tl.program_id(1)
+    # the last tiles of a prompt see most, so they start first
+    tile = (tl.num_programs(2) - 1 - tl.program_id(2)) // SPLITS
+    split = tl.program_id(2) % SPLITS
+    first_head = tl.program_id(0) * PACK
+    kv_head = first_head // GROUP
+    context = tl.load(context_lens + request)
+    if query_starts is None:
+        start = request
+        length = 1
+    else:
+        start = tl.load(query_starts + request)
+        length = tl.load(query_starts + request + 1) - start
+    if tile * BLOCK_M < length * PACK:
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        is_row = rows < length * PACK
+        tokens = start.to(tl.int64) + rows // PACK
+        heads = first_head + rows % PACK
+        before = context - length
+        positions = before + rows // PACK
+        # the positions of the tile's first and last rows, and the keys that any of its rows sees: [low, high)
+        first_position = before + tile * BLOCK_M // PACK
+        last_position = before + tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // PACK, length - 1)
+        begin = 0
+        if WINDOW > 0:
+            begin = tl.maximum(first_position - WINDOW + 1, 0)
+        low = begin // BLOCK_N * BLOCK_N
+        high = last_position + 1
+        if spans is None:
+            span_start = positions
+            span_end = positions
+        else:
+            span_start = tl.load(spans + tokens * span_row, is_row, other=0)
+            span_end = tl.load(spans + tokens * span_row + 1, is_row, other=0)
+            high = tl.maximum(high, tl.max(span_end, 0))
+        high = tl.minimum(high, context)
+        end = high
+        if SPLITS > 1:
+            share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), SPLITS) * BLOCK_N
+            low += split * share
+            high = tl.minimum(high, low + share)
+        acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+        peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        wide = tl.arange(0, BLOCK_D)
+        if low < high:
+            keys = key_pages + kv_head.to(tl.int64) * key_head
+            values = value_pages + kv_head.to(tl.int64) * value_head
+            table = block_table + request.to(tl.int64) * table_row
+            q = tl.load(
+                query + tokens[:, None] * query_token + heads[:, None] * query_head + wide[None, :],
+                is_row[:, None] & (wide < D)[None, :],
+                other=0.0,
+            ).to(DTYPE)
+            # three stretches: [low, inner), where windows of rows begin; [inner, outer), which every row sees whole;
+            # [outer, high), where positions of rows lie
+            inner = low
+            outer = low
+            if PHASES:
+                if WINDOW > 0:
+                    inner = tl.cdiv(tl.maximum(last_position - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+                    inner = tl.minimum(tl.maximum(inner, low), high)
+                outer = tl.minimum(first_position + 1, high) // BLOCK_N * BLOCK_N
+                outer = tl.maximum(outer, inner)
+            for stretch in tl.static_range(0, 3):
+                if stretch == 2 or (PHASES and (stretch == 1 or WINDOW > 0)):
+                    acc, peak, total = _pass(
+                        acc,
+                        peak,
+                        total,
+                        q,
+                        positions,
+                        span_start,
+                        span_end,
+                        keys,
+                        values,
+                        table,
+                        low if stretch == 0 else (inner if stretch == 1 else outer),
+                        inner if stretch == 0 else (outer if stretch == 1 else high),
+                        begin,
+                        end,
+                        key_block,
+                        key_token,
+                        value_block,
+                        value_token,
+                        scale,
+                        D,
+                        DV,
+                        BLOCK_D,
+                        BLOCK_DV,
+                        BLOCK_N,
+                        PAGE,
+                        WINDOW,
+                        SOFTCAP,
+                        spans is not None,
+                        stretch != 1,
+                        DTYPE,
+                        PRECISION,
+                    )
+        wide_value = tl.arange(0, BLOCK_DV)
+        mask = is_row[:, None] & (wide_value < DV)[None, :]
+        if SPLITS > 1:
+            place = (tokens * HEADS + heads) * SPLITS + split
+            # a row that sees nothing here has log sum -inf, and its part is never read
+            some = total > 0
+            total = tl.where(some, total, 1.0)
+            tl.store(log_sums + place, tl.where(some, peak + tl.log2(total), float("-inf")), is_row)
+            part = acc / total[:, None]
+            tl.store(partial + place[:, None] * DV + wide_value[None, :], part, mask & some[:, None])
+        else:
+            if sinks is not None:
+                sink = tl.load(sinks + heads, is_row, other=0.0).to(tl.float32) * _LOG2E
+                with_sink = tl.maximum(peak, sink)
+                shrink = tl.exp2(peak - with_sink)
+                total = total * shrink + tl.exp2(sink - with_sink)
+                acc = acc * shrink[:, None]
+            # rows that see nothing are padding: zeros
+            factor = value_scale / tl.where(total > 0, total, 1.0)
+            place = out + tokens[:, None] * out_token + heads[:, None] * out_head + wide_value[None, :]
+            tl.store(place, (acc * factor[:, None]).to(out.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize_on_alignment=["sinks"])
+def _merge_kernel(
+    partial,  # float32 [T, H, SPLITS, DV]
+    log_sums,  # float32 [T, H, SPLITS]
+    sinks,  # [H], or None
+    out,  # [T, H, DV]
+    value_scale,
+    out_token,
+    out_head,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # power of two, at least SPLITS
+    BLOCK_DV: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out = sum of the splits' results, each weighted by its share of the sum of exponentials."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    columns = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    splits = tl.arange(0, BLOCK_S)
+    place = (token * HEADS + head) * SPLITS + splits
+    sums = tl.load(log_sums + place, splits < SPLITS, other=float("-inf"))
+    there = sums > float("-inf")
+    parts = tl.load(
+        partial + place[:, None] * DV + columns[None, :], there[:, None] & (columns < DV)[None, :], other=0.0
+    )
+    peak = tl.max(sums, 0)
+    if sinks is not None:
+        sink = tl.load(sinks + head).to(tl.float32) * _LOG2E
+        peak = tl.maximum(peak, sink)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    weights = tl.exp2(sums - peak)
+    total = tl.sum(weights, 0)
+    if sinks is not None:
+        total += tl.exp2(sink - peak)
+    factor = value_scale / tl.where(total > 0, total, 1.0)
+    result = tl.sum(parts * weights[:, None], 0) * factor
+    tl.store(out + token * out_token + head * out_head + columns, result.to(out.dtype.element_ty), columns < DV)

@@ -1,0 +1,268 @@
+"""Launching the attention kernels: the committed launch table, and how many programs share the keys of a query."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .._launch import capability, next_power_of_2, num_sms, pdl
+from .kernel import _attend_kernel, _merge_kernel
+
+# longest query whose tokens are packed with the heads of a kv head, as decode does with its one token
+MAX_SHORT_QUERY = 16
+_LOG2E = 1.4426950408889634
+# a program of the merge holds all splits of a head at once
+_MAX_SPLITS = 128
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Launch parameters.
+
+    Attributes:
+        block_m: most rows (queries) of a tile; tiles of short queries are no larger than they need.
+        block_n: keys of a tile.
+        num_warps, num_stages: as Triton means them.
+        programs_per_sm: keys are shared out over splits until there are this many programs for each SM.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+Table = dict[tuple[int, int, int], Launch]
+
+# (padded head dim, bytes of an element of the pages, requests x kv heads) of decode and short queries.
+DECODE: dict[tuple[int, int], Table] = {
+    (9, 0): {
+        (64, 1, 4): Launch(64, 64, 4, 3, 4),
+        (64, 2, 4): Launch(64, 64, 4, 3, 4),
+        (64, 4, 4): Launch(16, 32, 4, 2, 4),
+        (128, 1, 4): Launch(64, 64, 4, 3, 4),
+        (128, 1, 128): Launch(64, 64, 4, 4, 4),
+        (128, 1, 512): Launch(64, 64, 4, 4, 4),
+        (128, 2, 4): Launch(64, 64, 4, 3, 4),
+        (128, 2, 128): Launch(64, 64, 4, 3, 4),
+        (128, 2, 512): Launch(64, 64, 4, 3, 4),
+        (128, 4, 4): Launch(16, 32, 4, 2, 4),
+        (256, 1, 4): Launch(32, 32, 4, 3, 2),
+        (256, 2, 4): Launch(32, 32, 4, 3, 2),
+        (256, 4, 4): Launch(16, 16, 4, 2, 2),
+        (1024, 1, 4): Launch(16, 16, 4, 2, 2),
+        (1024, 2, 4): Launch(16, 16, 4, 2, 2),
+        (1024, 4, 4): Launch(16, 16, 8, 1, 1),
+    },
+    # any other GPU: within 64 KiB of shared memory up to head dim 256
+    (0, 0): {
+        (128, 1, 4): Launch(32, 32, 4, 2, 4),
+        (128, 2, 4): Launch(32, 32, 4, 2, 4),
+        (128, 4, 4): Launch(16, 16, 4, 2, 4),
+        (256, 1, 4): Launch(16, 16, 4, 2, 4),
+        (256, 2, 4): Launch(16, 16, 4, 2, 4),
+        (256, 4, 4): Launch(16, 16, 4, 1, 4),
+        (1024, 1, 4): Launch(16, 16, 4, 1, 2),
+        (1024, 2, 4): Launch(16, 16, 4, 1, 2),
+        (1024, 4, 4): Launch(16, 16, 8, 1, 2),
+    },
+}
+# (padded head dim, bytes of an element of the pages, longest query) of prefill
+PREFILL: dict[tuple[int, int], Table] = {
+    (9, 0): {
+        (64, 1, 64): Launch(64, 64, 4, 3, 1),
+        (64, 1, 1024): Launch(128, 64, 8, 3, 1),
+        (64, 2, 64): Launch(64, 64, 4, 3, 1),
+        (64, 2, 1024): Launch(128, 64, 8, 3, 1),
+        (64, 4, 64): Launch(32, 32, 4, 2, 1),
+        (128, 1, 64): Launch(64, 64, 4, 3, 1),
+        (128, 1, 1024): Launch(128, 64, 8, 2, 1),
+        (128, 2, 64): Launch(64, 64, 4, 3, 1),
+        (128, 2, 1024): Launch(128, 64, 8, 2, 1),
+        (128, 4, 64): Launch(32, 32, 4, 2, 1),
+        (256, 1, 64): Launch(64, 32, 4, 2, 1),
+        (256, 2, 64): Launch(64, 32, 4, 2, 1),
+        (256, 2, 1024): Launch(128, 32, 8, 2, 1),
+        (256, 4, 64): Launch(16, 16, 4, 2, 1),
+        (1024, 1, 64): Launch(16, 16, 4, 2, 1),
+        (1024, 2, 64): Launch(16, 16, 4, 2, 1),
+        (1024, 4, 64): Launch(16, 16, 8, 1, 1),
+    },
+    (0, 0): {
+        (128, 1, 64): Launch(64, 32, 4, 2, 1),
+        (128, 2, 64): Launch(64, 32, 4, 2, 1),
+        (128, 4, 64): Launch(16, 16, 4, 2, 1),
+        (256, 1, 64): Launch(32, 16, 4, 2, 1),
+        (256, 2, 64): Launch(32, 16, 4, 2, 1),
+        (256, 4, 64): Launch(16, 16, 4, 1, 1),
+        (1024, 1, 64): Launch(16, 16, 4, 1, 1),
+        (1024, 2, 64): Launch(16, 16, 4, 1, 1),
+        (1024, 4, 64): Launch(16, 16, 8, 1, 1),
+    },
+}
+
+
+@cache
+def choose(tables: str, arch: tuple[int, int], width: int, element: int, size: int, /) -> Launch:
+    """The entry for a shape: the narrowest head dim that is wide enough, then the nearest size.
+
+    Args:
+        tables: "decode" or "prefill".
+        arch: compute capability.
+        width: head dim, of keys or values, whichever is wider.
+        element: bytes of an element of the pages.
+        size: requests x kv heads (decode), or the longest query (prefill).
+
+    Raises:
+        ValueError: the head dim is wider than any entry.
+    """
+    by_arch = DECODE if tables == "decode" else PREFILL
+    table = by_arch.get(arch, by_arch[0, 0])
+    fitting = [key for key in table if key[0] >= width and key[1] == element]
+    if not fitting:
+        raise ValueError(f"head dim {width} is too wide: at most {max(key[0] for key in table)}")
+    nearest = min(fitting, key=lambda key: (key[0], abs(math.log2(key[2] / max(size, 1)))))
+    return table[nearest]
+
+
+def share_out(programs: int, wanted: int, tiles: int) -> int:
+    """Splits: the largest power of two that gives at most ``wanted`` programs and no split less than a tile."""
+    most = min(wanted // max(programs, 1), tiles, _MAX_SPLITS)
+    return 1 << (most.bit_length() - 1) if most > 1 else 1
+
+
+def launch(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_starts: torch.Tensor | None,
+    max_query_len: int,
+    *,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    spans: torch.Tensor | None,
+    key_scale: float,
+    value_scale: float,
+    num_splits: int | None = None,
+    params: Launch | None = None,
+) -> torch.Tensor:
+    """See :func:`..decode` (``query_starts`` None, ``max_query_len`` 1) and :func:`..prefill`.
+
+    Args:
+        params: instead of the table's entry, for tuning and tests.
+    """
+    tokens, heads, dim = query.shape
+    kv_heads, page, dim_value = value_pages.shape[1:]
+    requests, blocks = block_table.shape
+    out = torch.empty((tokens, heads, dim_value), dtype=query.dtype, device=query.device)
+    if not tokens or not requests:
+        return out
+    group = heads // kv_heads
+    short = max_query_len <= MAX_SHORT_QUERY
+    width, element = max(dim, dim_value), key_pages.element_size()
+    if params is None:
+        size = requests * kv_heads if short else max_query_len
+        params = choose("decode" if short else "prefill", capability(query), width, element, size)
+    pack = group if short else 1
+    block_m = min(params.block_m, max(16, next_power_of_2(max_query_len * pack)))
+    tiles = triton.cdiv(max_query_len * pack, block_m)
+    programs = requests * (heads // pack) * tiles
+    if num_splits is None:
+        seen = blocks * page
+        if window is not None:
+            seen = min(seen, window + triton.cdiv(block_m, pack) + params.block_n)
+        # merging costs a pass over what the splits wrote: long queries must save more than one tile
+        least = params.block_n if short else 4 * params.block_n
+        num_splits = share_out(programs, params.programs_per_sm * num_sms(query), triton.cdiv(seen, least))
+    partial = log_sums = None
+    if num_splits > 1:
+        partial = torch.empty((tokens, heads, num_splits, dim_value), dtype=torch.float32, device=query.device)
+        log_sums = torch.empty((tokens, heads, num_splits), dtype=torch.float32, device=query.device)
+    if not query.is_cuda:
+        # the interpreter multiplies bfloat16 as if it were integers
+        multiplied = tl.float32
+    elif element == 1:
+        # every e4m3 number is a float16 number
+        multiplied = tl.float16
+    else:
+        multiplied = _DTYPES[key_pages.dtype]
+    flag = pdl(query)
+    scale = scaling * key_scale
+    _attend_kernel[(heads // pack, requests, tiles * num_splits)](
+        query,
+        key_pages,
+        value_pages,
+        block_table,
+        context_lens,
+        query_starts,
+        spans,
+        sinks,
+        out,
+        partial,
+        log_sums,
+        scale if softcap else scale * _LOG2E,
+        value_scale,
+        query.stride(0),
+        query.stride(1),
+        key_pages.stride(0),
+        key_pages.stride(1),
+        key_pages.stride(2),
+        value_pages.stride(0),
+        value_pages.stride(1),
+        value_pages.stride(2),
+        block_table.stride(0),
+        0 if spans is None else spans.stride(0),
+        out.stride(0),
+        out.stride(1),
+        HEADS=heads,
+        GROUP=group,
+        PACK=pack,
+        D=dim,
+        DV=dim_value,
+        BLOCK_M=block_m,
+        BLOCK_N=params.block_n,
+        BLOCK_D=max(16, next_power_of_2(dim)),
+        BLOCK_DV=max(16, next_power_of_2(dim_value)),
+        PAGE=page,
+        SPLITS=num_splits,
+        WINDOW=window or 0,
+        SOFTCAP=softcap or 0.0,
+        PHASES=not short,
+        DTYPE=multiplied,
+        PRECISION="ieee" if multiplied == tl.float32 else "tf32",
+        PDL=flag,
+        num_warps=params.num_warps,
+        num_stages=params.num_stages,
+        launch_pdl=flag,
+    )
+    if num_splits > 1:
+        columns = min(128, next_power_of_2(dim_value))
+        _merge_kernel[(tokens, heads, triton.cdiv(dim_value, columns))](
+            partial,
+            log_sums,
+            sinks,
+            out,
+            value_scale,
+            out.stride(0),
+            out.stride(1),
+            HEADS=heads,
+            DV=dim_value,
+            SPLITS=num_splits,
+            BLOCK_S=next_power_of_2(num_splits),
+            BLOCK_DV=columns,
+            PDL=flag,
+            num_warps=4,
+            launch_pdl=flag,
+        )
+    return out
