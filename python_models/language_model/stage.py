@@ -18,6 +18,8 @@ from ..stage import Responder, Stage, Telemetry
 from .engine.config import EngineConfig
 from .engine.engine import Engine, Submission
 from .inputs import names, read_plan, read_prompt
+from .runner.executor import make_executor
+from .runner.options import RunnerOptions
 from .runner.runner import DecoderRunner
 from .sizing import kv_blocks
 
@@ -44,21 +46,28 @@ class LanguageModelStage(Stage):
             dtype = stage_dtype(find_checkpoint(settings), settings, device)
             decoder = load_family(settings).load_decoder(device, dtype)
         self._num_axes = decoder.num_axes
-        self._runner = runner = DecoderRunner(decoder, settings.block_size, device)
         context_length = _context_length(settings, decoder)
-        num_blocks = kv_blocks(settings, runner.bytes_per_token, context_length, device)
-        runner.allocate(num_blocks)
-        logger.info(
-            "KV cache: %d tokens in blocks of %d, %.0f MiB on %s",
-            num_blocks * settings.block_size,
-            settings.block_size,
-            num_blocks * settings.block_size * runner.bytes_per_token / 2**20,
-            device,
+        executor = make_executor(decoder, "transformers")
+        options = RunnerOptions.of(settings, context_length, device)
+        self._runner = runner = DecoderRunner(
+            executor, decoder.num_axes, settings.block_size, device, options, settings.max_running_requests
         )
+        num_blocks = kv_blocks(settings, runner.kv_groups, runner.bytes_per_token, context_length, device)
+        runner.allocate(num_blocks)
+        for group, blocks, width in zip(runner.kv_groups, num_blocks, runner.bytes_per_token, strict=True):
+            logger.info(
+                "KV cache: %d tokens in blocks of %d, %.0f MiB on %s, %s",
+                blocks * settings.block_size,
+                settings.block_size,
+                blocks * settings.block_size * width / 2**20,
+                device,
+                "of every request" if group.window is None else f"in windows of {group.window}",
+            )
+        runner.warm_up(settings.chunked_prefill_size)
         self._hidden_size = int(decoder.config.hidden_size)
         self._vocab_size = int(decoder.config.vocab_size)
         config = EngineConfig(
-            num_blocks=num_blocks,
+            num_blocks=num_blocks[0],
             block_size=settings.block_size,
             context_length=context_length,
             max_running=settings.max_running_requests,

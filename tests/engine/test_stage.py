@@ -10,7 +10,8 @@ from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.plan import MediaItem, Plan
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import LANGUAGE_MODEL
-from triptych.python_models.language_model.runner.runner import DecoderRunner
+from triptych.python_models.language_model.runner.executor import make_executor
+from triptych.python_models.language_model.runner.step import KVGroup
 from triptych.python_models.language_model.sizing import CPU_BYTES, kv_blocks
 from triptych.python_models.language_model.stage import LanguageModelStage
 
@@ -88,8 +89,8 @@ def test_deltas_are_the_declared_tensors(make_tiny):
     seen = []
 
     class Raw:
-        def send(self, tensors, *, final):
-            seen.append((dict(tensors), final))
+        def send(self, answer, *, final):
+            seen.append((answer.to_tensors(), final))
 
         def fail(self, error):
             raise AssertionError(error)
@@ -115,14 +116,31 @@ def test_the_kv_cache_has_the_tokens_asked_for(make_tiny, caplog):
     assert "KV cache: 96 tokens in blocks of 8" in caplog.text
 
 
+FULL, WINDOW = KVGroup((0,)), KVGroup((1,), 64)
+
+
 def test_sizing_of_the_kv_cache():
     few = Settings(max_running_requests=2)
-    assert kv_blocks(few, 1000, 100, "cpu") == 2 * 7
-    assert kv_blocks(Settings(), 2**20, 10**6, "cpu") == CPU_BYTES // 2**20 // 16
+    assert kv_blocks(few, [FULL], [1000], 100, "cpu") == (2 * 7,)
+    assert kv_blocks(Settings(), [FULL], [2**20], 10**6, "cpu") == (CPU_BYTES // 2**20 // 16,)
     with pytest.raises(TriptychError, match="less than one block of 16"):
-        kv_blocks(Settings(kv_cache_tokens=15), 1, 100, "cpu")
+        kv_blocks(Settings(kv_cache_tokens=15), [FULL], [1], 100, "cpu")
     with pytest.raises(TriptychError, match="mem_fraction_static"):
-        kv_blocks(Settings(), 2**30, 100, "cpu")
+        kv_blocks(Settings(), [FULL], [2**30], 100, "cpu")
+
+
+def test_windows_get_what_running_requests_see_and_the_rest_goes_to_full_layers():
+    settings = Settings(max_running_requests=4, chunked_prefill_size=160)
+    full, window = kv_blocks(settings, [FULL, WINDOW], [2**14, 2**14], 10**6, "cpu")
+    # 4 requests with 64 tokens and two cut blocks each, 160 tokens of a step, half of it again for prefixes
+    assert window == 1.5 * (4 * 6 + 10)
+    assert full == CPU_BYTES // 2**14 // 16 - window
+    # memory for less than that: no group starves the other
+    full, window = kv_blocks(settings, [FULL, WINDOW], [2**20, 2**20], 10**6, "cpu")
+    assert (full, window) == (32, 32)
+    # never more blocks than a group that keeps everything
+    assert kv_blocks(Settings(kv_cache_tokens=320), [FULL, WINDOW], [1, 1], 10**6, "cpu") == (20, 20)
+    assert kv_blocks(settings, [WINDOW], [2**14], 10**6, "cpu") == (51,)
 
 
 def test_context_length_is_checked_against_the_checkpoint(make_tiny):
@@ -161,7 +179,7 @@ def test_decoders_that_would_give_other_tokens_are_refused(make_tiny, change, re
     for name, value in change.items():
         setattr(tiny.decoder.config, name, value)
     with pytest.raises(TriptychError, match=reason):
-        DecoderRunner(tiny.decoder, 16, "cpu")
+        make_executor(tiny.decoder, "transformers")
 
 
 def test_the_stage_loads_a_checkpoint(tiny_checkpoint, meter, recorder):

@@ -2,86 +2,69 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+import logging
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from ...contract.errors import ErrorKind, TriptychError
-from .attention import ATTENTION, KVCache, PagedStep, attention, register
-from .context import How
+from .attention import Backend, load_backend, resolve
+from .executor import Deepstack, Executor
+from .graphs import GraphRunner, refuse_uncapturable
+from .inputs import Batch, HostBatch, StepInputs
+from .kv_cache import FP8, KVCache, group_layers
+from .options import RunnerOptions
 from .step import KVGroup, Slice
 
-
-class DecoderModel(Protocol):
-    """What the runner needs of a decoder; see ``families.base.Decoder`` for the meaning of the attributes."""
-
-    @property
-    def text_model(self) -> nn.Module:
-        """Decoder stack of transformers."""
-
-    @property
-    def lm_head(self) -> nn.Module:
-        """[N, H] -> logits [N, V]."""
-
-    @property
-    def embed(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """Token ids int64 [T], is_media bool [T] -> [T, H]."""
-
-    @property
-    def config(self) -> Any:
-        """Text config of transformers."""
-
-    @property
-    def num_axes(self) -> int:
-        """Axes of position ids."""
+logger = logging.getLogger(__name__)
 
 
 class DecoderRunner:
-    """A :class:`~.step.Runner` around transformers' own decoder code, with the KV cache in pages.
+    """A :class:`~.step.Runner`: the KV cache in pages, an attention backend, and decode steps as CUDA graphs.
 
-    The constructor runs two tokens through the decoder to learn each layer's key and value shapes, then allocates the
-    pages. It raises UNSUPPORTED for a decoder that keeps state elsewhere than in keys and values.
+    `allocate` comes before `forward`; `warm_up`, in between, is needed where there are graphs.
     """
 
-    def __init__(self, decoder: DecoderModel, block_size: int, device: str, num_slots: int = 256) -> None:
-        self._decoder = decoder
+    def __init__(
+        self,
+        executor: Executor,
+        num_axes: int,
+        block_size: int,
+        device: str,
+        options: RunnerOptions | None = None,
+        num_slots: int = 256,
+    ) -> None:
+        """Args: the decoder; axes of position ids; tokens of a KV block; rows of ``last_tokens``."""
+        self._executor = executor
+        self._axes = num_axes
         self._block_size = block_size
         self._device = device
-        _refuse_unsupported(decoder)
-        register()
-        model: Any = decoder.text_model
-        model.set_attn_implementation(ATTENTION)
-        probe = _Probe()
+        self._options = options = options or RunnerOptions()
+        self._backend_name = resolve(options.attention_backend, device)
+        self._dtype = FP8 if options.kv_cache_dtype == "fp8" else executor.dtype
+        if options.window_groups:
+            self._groups = group_layers(executor.layers, options.context_length)
+        else:
+            self._groups = (KVGroup(tuple(range(len(executor.layers)))),)
         with torch.inference_mode():
-            logits = decoder.lm_head(self._forward([_dummy(decoder.num_axes)], probe)[0, -1:])
-        self._vocab_size = int(logits.shape[-1])
-        expected = int(decoder.config.num_hidden_layers)
-        if len(probe.shapes) != expected or probe.calls != expected:
-            raise TriptychError(
-                ErrorKind.UNSUPPORTED,
-                f"{type(model).__name__} has {expected} layers, but {len(probe.shapes)} of them keep keys and values "
-                "that can be paged; decoders with other state are not supported",
-                "model",
-                "language_model",
-            )
-        self._shapes = probe.shapes
-        self._dtype = probe.dtype
+            nothing = torch.zeros(1, dtype=torch.int64, device=device)
+            self._example = executor.logits(executor.embed(nothing, nothing > 0))
         self._cache: KVCache | None = None
+        self._backend: Backend | None = None
+        self._inputs: StepInputs | None = None
+        self._graphs: GraphRunner | None = None
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
-        return self._vocab_size
+        return int(self._example.shape[-1])
 
     @property
     def kv_groups(self) -> tuple[KVGroup, ...]:
         """See :class:`~.step.Runner`."""
-        return (KVGroup(tuple(self._shapes)),)
+        return self._groups
 
     @property
     def last_tokens(self) -> torch.Tensor:
@@ -89,169 +72,138 @@ class DecoderRunner:
         return self._last_tokens
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token takes in the KV cache."""
-        elements = sum(heads * width for pair in self._shapes.values() for heads, width in pair)
-        return elements * self._dtype.itemsize
+    def bytes_per_token(self) -> tuple[int, ...]:
+        """Bytes that one token takes in the KV cache of each group."""
+        layers = self._executor.layers
+        return tuple(
+            self._dtype.itemsize * sum(h * w for i in group.layers for h, w in (layers[i].key, layers[i].value))
+            for group in self._groups
+        )
 
-    def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache; needed before `forward`.
+    def allocate(self, num_blocks: Sequence[int]) -> None:
+        """Make the KV cache. Args: blocks of each group.
 
         Raises:
-            TriptychError: there is not that much memory.
+            TriptychError: there is not that much memory, or the attention backend cannot read such a cache.
         """
+        if len(num_blocks) != len(self._groups):
+            raise ValueError(f"{len(num_blocks)} numbers of blocks for {len(self._groups)} groups")
+        layers = self._executor.layers
         try:
-            self._cache = KVCache(self._shapes, num_blocks, self._block_size, self._dtype, self._device)
+            cache = KVCache(layers, self._groups, num_blocks, self._block_size, self._dtype, self._device)
         except (RuntimeError, MemoryError) as error:
-            tokens = num_blocks * self._block_size
+            size = sum(
+                count * self._block_size * width for count, width in zip(num_blocks, self.bytes_per_token, strict=True)
+            )
             raise TriptychError(
                 ErrorKind.STAGE_FAILED,
-                f"no memory for a KV cache of {tokens} tokens ({tokens * self.bytes_per_token / 2**20:.0f} MiB): "
+                f"no memory for a KV cache of {num_blocks[0] * self._block_size} tokens ({size / 2**20:.0f} MiB): "
                 f"lower kv_cache_tokens or mem_fraction_static ({error})",
                 "settings.kv_cache_tokens",
                 "language_model",
             ) from error
+        self._cache = cache
+        self._backend = load_backend(self._backend_name, layers, cache)
+        # a table's padding is read by nobody, or masked
+        self._inputs = StepInputs(self._axes, self._block_size, cache.num_blocks, self._device)
+
+    def warm_up(self, longest: int = 0) -> None:
+        """Compile what prompts of up to ``longest`` tokens need, and capture the decode steps.
+
+        Raises:
+            TriptychError: UNSUPPORTED where a decode step cannot be captured.
+        """
+        cache, backend, inputs = self._parts()
+        with torch.inference_mode():
+            if longest and cache.device.type == "cuda":
+                self._rehearse(cache, longest)
+            if self._options.graph_batch:
+                if cache.device.type == "cuda":
+                    refuse_uncapturable(backend, self._backend_name)
+                graphs = GraphRunner(
+                    self._executor,
+                    backend,
+                    cache,
+                    inputs,
+                    self._last_tokens,
+                    self._axes,
+                    self._options.graph_batch,
+                    # with overlap a step may be queued for a request that turns out to have ended
+                    self._options.context_length // self._block_size + 1,
+                    self._example,
+                )
+                graphs.capture()
+                self._graphs = graphs
 
     def free(self) -> None:
         """Give the KV cache's memory back; `allocate` makes a new one."""
-        self._cache = None
+        self._cache = self._backend = self._inputs = self._graphs = None
         if torch.device(self._device).type == "cuda":
             torch.cuda.empty_cache()
 
     def forward(self, slices: Sequence[Slice]) -> torch.Tensor:
         """See :class:`~.step.Runner`."""
-        if self._cache is None:
-            raise RuntimeError("allocate() comes before forward()")
-        # single tokens first: they attend together
-        order = sorted(range(len(slices)), key=lambda i: len(slices[i]) > 1)
-        ordered = [slices[i] for i in order]
-        hidden = self._forward(ordered, PagedStep(self._cache, ordered))
-        ends = list(itertools.accumulate(len(part) for part in ordered))
-        end_of = dict(zip(order, ends, strict=True))
-        wanted = [end_of[i] - k for i, part in enumerate(slices) for k in range(part.num_logits, 0, -1)]
-        if not wanted:
-            return torch.empty(0, self._vocab_size, device=self._device)
-        logits: torch.Tensor = self._decoder.lm_head(hidden[0, torch.tensor(wanted, device=self._device)])
-        return logits
+        _, _, inputs = self._parts()
+        host = inputs.prepare(slices)
+        if self._graphs is not None and self._graphs.serves(host):
+            return self._graphs.forward(host)
+        return self._compute(inputs.upload(host))
 
     def scrub(self, group: int, blocks: Sequence[int]) -> None:
         """See :class:`~.step.Runner`."""
         if self._cache is not None and blocks:
-            self._cache.scrub(blocks)
+            self._cache.scrub(group, blocks)
 
-    def _forward(self, slices: Sequence[Slice], context: PagedStep | _Probe) -> torch.Tensor:
-        """Hidden states [1, T, H] of the flat batch."""
-        ids = self._token_ids(slices)
-        positions = torch.from_numpy(np.concatenate([part.position_ids for part in slices], axis=1)).to(self._device)
-        is_media, places, rows = self._media(slices, ids.shape[0])
-        embeddings = self._decoder.embed(ids, is_media)
-        width = embeddings.shape[-1]
-        extra: dict[str, Any] = {}
-        if rows:
-            splice = torch.cat([r[:, :width].to(embeddings) for r in rows])
-            embeddings = embeddings.index_copy(0, torch.cat(places), splice)
-            extra = _deepstack(places, rows, embeddings)
-        output = self._decoder.text_model(
-            inputs_embeds=embeddings[None],
-            position_ids=positions[:, None] if self._decoder.num_axes > 1 else positions,
-            attention_mask=None,
-            use_cache=False,
-            context=context,
-            **extra,
-        )
-        hidden: torch.Tensor = output.last_hidden_state
-        return hidden
+    def _parts(self) -> tuple[KVCache, Backend, StepInputs]:
+        if self._cache is None or self._backend is None or self._inputs is None:
+            raise RuntimeError("allocate() comes before forward()")
+        return self._cache, self._backend, self._inputs
 
-    def _token_ids(self, slices: Sequence[Slice]) -> torch.Tensor:
-        """int64 [T]; tokens that the host does not know yet come from `last_tokens`."""
-        ids = torch.from_numpy(np.concatenate([part.token_ids for part in slices])).to(self._device)
-        late = [(offset, part.slot) for offset, part in _offsets(slices) if part.first_on_device]
-        if late:
-            places, slots = torch.tensor(late, device=self._device).unbind(1)
-            ids[places] = self._last_tokens[slots]
-        return ids
+    def _compute(self, batch: Batch) -> torch.Tensor:
+        """Logits [N, V] of an eager step."""
+        cache, backend, _ = self._parts()
+        executor = self._executor
+        embeddings = executor.embed(batch.token_ids(self._last_tokens), batch.is_media)
+        deepstack = None
+        if batch.media_places is not None:
+            embeddings, deepstack = _splice(embeddings, batch.media_places, batch.host)
+        hidden = executor.forward(embeddings, batch.position_ids, backend(cache, batch), deepstack)
+        if batch.logit_rows is not None:
+            if not len(batch.logit_rows):
+                return self._example[:0]
+            hidden = hidden.index_select(0, batch.logit_rows)
+        return executor.logits(hidden)
 
-    def _media(
-        self, slices: Sequence[Slice], total: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """Which tokens of the flat batch are media (bool [T]), and places int64 [n] and rows [n, W] of each part."""
-        mask = np.zeros(total, dtype=np.bool_)
-        places, rows = [], []
-        offset = 0
-        for part in slices:
-            for media in part.media:
-                where = media.positions + offset
-                mask[where] = True
-                places.append(torch.from_numpy(where).to(self._device))
-                rows.append(media.rows.to(self._device))
-            offset += len(part)
-        return torch.from_numpy(mask).to(self._device), places, rows
+    def _rehearse(self, cache: KVCache, longest: int) -> None:
+        """Prompts and mixed steps of several lengths, in the blocks that belong to nobody."""
+        tables = tuple(np.full(-(-longest // self._block_size), pad, dtype=np.int32) for pad in cache.num_blocks)
+
+        def part(count: int) -> Slice:
+            ids = np.zeros(count, dtype=np.int64)
+            return Slice(ids, np.zeros((self._axes, count), dtype=np.int64), 0, tables)
+
+        lengths = [length for length in (16, 64, 256, 1024) if length < longest]
+        for slices in (*([part(length)] for length in (*lengths, longest)), [part(1), part(min(16, longest))]):
+            self.forward(slices)
+        for group, pad in enumerate(cache.num_blocks):
+            cache.scrub(group, [pad])
+        torch.cuda.synchronize(cache.device)
 
 
-class _Probe:
-    """An attention context that keeps nothing but shapes; every token of the batch belongs to one request."""
-
-    def __init__(self) -> None:
-        self.shapes: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
-        self.calls = 0
-        self.dtype = torch.float32
-
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
-        self.calls += 1
-        self.shapes[layer] = ((key.shape[0], key.shape[2]), (value.shape[0], value.shape[2]))
-        self.dtype = key.dtype
-        return attention(query[None], key[None], value[None], None, how)[0].transpose(0, 1)
-
-
-def _offsets(slices: Sequence[Slice]) -> Iterator[tuple[int, Slice]]:
-    offset = 0
-    for part in slices:
-        yield offset, part
-        offset += len(part)
-
-
-def _dummy(axes: int) -> Slice:
-    ids = np.zeros(2, dtype=np.int64)
-    return Slice(ids, np.broadcast_to(np.arange(2, dtype=np.int64), (axes, 2)).copy(), 0, (np.zeros(1, np.int32),))
-
-
-def _deepstack(places: list[torch.Tensor], rows: list[torch.Tensor], embeddings: torch.Tensor) -> dict[str, Any]:
-    """Rows wider than the hidden size carry what transformers adds after its first layers (Qwen3-VL)."""
+def _splice(embeddings: torch.Tensor, places: torch.Tensor, host: HostBatch) -> tuple[torch.Tensor, Deepstack | None]:
+    """Put media rows into embeddings [T, H]; rows wider than H carry what deeper layers add."""
     width = embeddings.shape[-1]
-    deep = [(p, r) for p, r in zip(places, rows, strict=True) if r.shape[1] > width]
-    if not deep:
-        return {}
-    where = torch.cat([p for p, _ in deep])
-    order = where.argsort()
-    mask = torch.zeros(1, embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
-    mask[0, where] = True
-    stacked = torch.cat([r[:, width:] for _, r in deep])[order].to(embeddings)
-    layers = [stacked[:, start : start + width] for start in range(0, stacked.shape[1], width)]
-    return {"visual_pos_masks": mask, "deepstack_visual_embeds": layers}
-
-
-def _refuse_unsupported(decoder: DecoderModel) -> None:
-    """Raise UNSUPPORTED for what would run but give other tokens than transformers."""
-    config = decoder.config
-    reason = None
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if other := kinds - {"full_attention", "sliding_attention"}:
-        reason = f"layers of type {', '.join(sorted(map(str, other)))}"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        reason = "layers that share keys and values"
-    elif getattr(config, "cross_attention_layers", None):
-        reason = "cross-attention layers"
-    else:
-        rope = getattr(config, "rope_parameters", None) or {}
-        # one set of parameters, or one for each type of layer
-        kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-        # transformers picks their frequencies by the longest position of the batch, which here holds many requests
-        if varying := kinds & {"dynamic", "longrope"}:
-            reason = f"rope_type {', '.join(sorted(varying))}"
-    if reason is not None:
-        raise TriptychError(
-            ErrorKind.UNSUPPORTED,
-            f"{type(decoder.text_model).__name__} has {reason}, which the engine does not support yet",
-            "model",
-            "language_model",
-        )
+    parts = [rows.to(embeddings.device, non_blocking=True) for rows in host.media_rows]
+    rows = torch.cat([part[:, :width].to(embeddings.dtype) for part in parts])
+    spliced = embeddings.index_copy(0, places, rows)
+    if all(part.shape[1] == width for part in parts):
+        return spliced, None
+    assert host.media_places is not None
+    deep = np.concatenate([np.full(len(part), part.shape[1] > width) for part in parts])
+    chosen = np.flatnonzero(deep)
+    order = np.argsort(host.media_places[chosen])
+    index = torch.from_numpy(chosen[order]).to(embeddings.device)
+    stacked = torch.cat([part[:, width:] for part in parts if part.shape[1] > width]).to(embeddings.dtype)
+    stacked = stacked.index_select(0, torch.from_numpy(order).to(embeddings.device))
+    layers = tuple(stacked[:, start : start + width] for start in range(0, stacked.shape[1], width))
+    return spliced, Deepstack(places.index_select(0, index), layers)

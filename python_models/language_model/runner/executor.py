@@ -1,0 +1,242 @@
+"""What computes a step's hidden states: transformers' own decoder modules, or fused ones of the same meaning."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ...contract.errors import ErrorKind, TriptychError
+from .attention.modules import ATTENTION, register
+from .attention.plain import attention
+from .context import AttentionContext, HeadNorm, How, Rope
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer keeps of each token.
+
+    Attributes:
+        key: (Hk, D).
+        value: (Hk, Dv).
+        window: see :class:`~.step.KVGroup`.
+    """
+
+    key: tuple[int, int]
+    value: tuple[int, int]
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Deepstack:
+    """Rows that transformers adds to the hidden states after its first layers (Qwen3-VL).
+
+    Attributes:
+        places: int64 [n], ascending indices into the flat batch.
+        rows: one [n, H] for each of the first layers.
+    """
+
+    places: torch.Tensor
+    rows: tuple[torch.Tensor, ...]
+
+
+class Executor(Protocol):
+    """A decoder, as the runner drives it."""
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """What each layer keeps, in layer order."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+
+    def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
+        """Token ids int64 [T], is_media bool [T] -> [T, H]; media rows hold any value."""
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        position_ids: torch.Tensor,
+        context: AttentionContext,
+        deepstack: Deepstack | None,
+    ) -> torch.Tensor:
+        """Embeddings [T, H], position_ids int64 [axes, T] -> hidden states [T, H], after the final norm."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, H] -> [N, V]."""
+
+
+class DecoderModel(Protocol):
+    """What an executor is made of; see ``families.base.Decoder`` for the meaning of the attributes."""
+
+    @property
+    def text_model(self) -> nn.Module:
+        """Decoder stack of transformers."""
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """[N, H] -> logits [N, V]."""
+
+    @property
+    def embed(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Token ids int64 [T], is_media bool [T] -> [T, H]."""
+
+    @property
+    def config(self) -> Any:
+        """Text config of transformers."""
+
+    @property
+    def num_axes(self) -> int:
+        """Axes of position ids."""
+
+
+class ModulesExecutor:
+    """An :class:`Executor` around transformers' own decoder code.
+
+    The constructor runs two tokens through the decoder to learn what each layer keeps. It raises UNSUPPORTED for a
+    decoder that keeps state elsewhere than in keys and values.
+    """
+
+    def __init__(self, decoder: DecoderModel) -> None:
+        refuse_unsupported(decoder)
+        register()
+        self._decoder = decoder
+        model: Any = decoder.text_model
+        model.set_attn_implementation(ATTENTION)
+        probe = _Probe()
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            ids = torch.zeros(2, dtype=torch.int64, device=device)
+            positions = torch.arange(2, device=device).expand(decoder.num_axes, 2)
+            self.forward(self.embed(ids, torch.zeros_like(ids, dtype=torch.bool)), positions, probe, None)
+        expected = int(decoder.config.num_hidden_layers)
+        if set(probe.layers) != set(range(expected)) or probe.calls != expected:
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED,
+                f"{type(model).__name__} has {expected} layers, but {len(probe.layers)} of them keep keys and values "
+                "that can be paged; decoders with other state are not supported",
+                "model",
+                "language_model",
+            )
+        self.layers = tuple(probe.layers[layer] for layer in range(expected))
+        self.dtype = probe.dtype
+
+    def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
+        """See :class:`Executor`."""
+        return self._decoder.embed(ids, is_media)
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        position_ids: torch.Tensor,
+        context: AttentionContext,
+        deepstack: Deepstack | None,
+    ) -> torch.Tensor:
+        """See :class:`Executor`."""
+        extra: dict[str, Any] = {}
+        if deepstack is not None:
+            mask = torch.zeros(1, embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
+            mask[0, deepstack.places] = True
+            extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(deepstack.rows)}
+        output = self._decoder.text_model(
+            inputs_embeds=embeddings[None],
+            position_ids=position_ids[:, None] if self._decoder.num_axes > 1 else position_ids,
+            attention_mask=None,
+            use_cache=False,
+            context=context,
+            **extra,
+        )
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See :class:`Executor`."""
+        out: torch.Tensor = self._decoder.lm_head(hidden)
+        return out
+
+
+def make_executor(decoder: DecoderModel, backend: str) -> Executor:
+    """The executor that ``decoder_backend`` asks for.
+
+    Args:
+        decoder: loaded on its device.
+        backend: "transformers", "fused", or "auto": fused where the decoder allows it.
+
+    Raises:
+        TriptychError: UNSUPPORTED, for a decoder that nothing here can run, or that cannot be fused but should be.
+    """
+    refuse_unsupported(decoder)
+    if backend != "transformers":
+        # imported here: the fused decoder is made of what this module declares
+        from . import fused
+
+        built = fused.build(decoder)
+        if not isinstance(built, str):
+            return built
+        if backend == "fused":
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED,
+                f"decoder_backend fused cannot run {type(decoder.text_model).__name__}: {built}",
+                "settings.decoder_backend",
+                "language_model",
+            )
+        logger.info("the decoder runs on transformers' modules, not fused: %s", built)
+    return ModulesExecutor(decoder)
+
+
+class _Probe:
+    """An attention context that keeps nothing but shapes; every token of the batch belongs to one request."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerShape] = {}
+        self.calls = 0
+        self.dtype = torch.float32
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
+        self.calls += 1
+        shapes = (key.shape[0], key.shape[2]), (value.shape[0], value.shape[2])
+        self.layers[layer] = LayerShape(*shapes, how.window)
+        self.dtype = key.dtype
+        return attention(query[None], key[None], value[None], None, how)[0].transpose(0, 1)
+
+    def rotate_and_store(
+        self, layer: int, qkv: torch.Tensor, heads: tuple[int, int], rope: Rope | None, norm: HeadNorm | None
+    ) -> torch.Tensor:
+        raise NotImplementedError("transformers' layers only attend")
+
+    def attend_stored(self, layer: int, query: torch.Tensor, how: How) -> torch.Tensor:
+        raise NotImplementedError("transformers' layers only attend")
+
+
+def refuse_unsupported(decoder: DecoderModel) -> None:
+    """Raise UNSUPPORTED for what would run but give other tokens than transformers."""
+    config = decoder.config
+    reason = None
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        reason = f"layers of type {', '.join(sorted(map(str, other)))}"
+    elif getattr(config, "num_kv_shared_layers", 0):
+        reason = "layers that share keys and values"
+    elif getattr(config, "cross_attention_layers", None):
+        reason = "cross-attention layers"
+    else:
+        rope = getattr(config, "rope_parameters", None) or {}
+        # one set of parameters, or one for each type of layer
+        kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+        # transformers picks their frequencies by the longest position of the batch, which here holds many requests
+        if varying := kinds & {"dynamic", "longrope"}:
+            reason = f"rope_type {', '.join(sorted(varying))}"
+    if reason is not None:
+        raise TriptychError(
+            ErrorKind.UNSUPPORTED,
+            f"{type(decoder.text_model).__name__} has {reason}, which the engine does not support yet",
+            "model",
+            "language_model",
+        )

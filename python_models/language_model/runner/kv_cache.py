@@ -1,0 +1,98 @@
+"""The paged KV cache: tensors of every layer, grouped by which tokens of a request they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .executor import LayerShape
+from .step import KVGroup
+
+FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+
+
+def group_layers(layers: Sequence[LayerShape], context_length: int) -> tuple[KVGroup, ...]:
+    """Layers that keep every token first, then one group for each window that is shorter than the context."""
+    windows = [None if s.window is None or s.window >= context_length else s.window for s in layers]
+    order = sorted(set(windows), key=lambda window: window or 0)
+    return tuple(KVGroup(tuple(i for i, w in enumerate(windows) if w == window), window) for window in order)
+
+
+class KVCache:
+    """Pages of every layer; layers may differ in heads and widths.
+
+    Per layer one tensor for keys and one for values, [num_blocks + 1, Hk, block_size, D]: a head's tokens of a block
+    lie side by side. Token ``t`` of a request lies in slot ``block_table[t // block_size] * block_size +
+    t % block_size`` of its group. The last block, number ``num_blocks``, is nobody's: it pads block tables, and takes
+    what padding tokens store.
+
+    Attributes:
+        groups: layers that share a block table.
+        group_of: index of each layer's group.
+        num_blocks: blocks of each group, without the last one.
+        pages: keys and values of each layer.
+        scale: what is stored is the value divided by this.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerShape],
+        groups: tuple[KVGroup, ...],
+        num_blocks: Sequence[int],
+        block_size: int,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        self.groups = groups
+        self.num_blocks = tuple(num_blocks)
+        self.block_size = block_size
+        self.device = torch.device(device)
+        self.quantised = dtype == FP8
+        self.scale = 1.0
+        of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
+        self.group_of = tuple(of[layer] for layer in range(len(layers)))
+        self.pages: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for layer, shape in enumerate(layers):
+            count = self.num_blocks[self.group_of[layer]] + 1
+            keys, values = (
+                # bytes of zeros are zeros of every dtype; not every one can be made directly
+                torch.zeros(count, heads, block_size, width * dtype.itemsize, dtype=torch.uint8, device=device)
+                for heads, width in (shape.key, shape.value)
+            )
+            self.pages.append((keys.view(dtype), values.view(dtype)))
+
+    def write(
+        self, layer: int, places: tuple[torch.Tensor, torch.Tensor], key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Store keys [T, Hk, D] and values [T, Hk, Dv] at places: blocks int64 [T] and offsets in them int64 [T].
+
+        Block -1 is the last one, which takes the tokens of padding.
+        """
+        for pages, new in zip(self.pages[layer], (key, value), strict=True):
+            if self.quantised:
+                new = (new / self.scale).clamp(-_FP8_MAX, _FP8_MAX).to(FP8).view(torch.uint8)
+                pages = pages.view(torch.uint8)
+            pages.transpose(1, 2).index_put_(places, new)
+
+    def read(self, layer: int, blocks: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks int64 [B, n] -> keys [B, Hk, n * block_size, D] and values likewise, in ``dtype``."""
+        keys, values = (self._gather(pages, blocks, dtype) for pages in self.pages[layer])
+        return keys, values
+
+    def _gather(self, pages: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        _, heads, size, width = pages.shape
+        batch, count = blocks.shape
+        # one row for each block and head, so that the gather itself brings a head's tokens together
+        rows = blocks[:, None] * heads + torch.arange(heads, device=blocks.device)[:, None]
+        flat = pages.view(torch.uint8) if self.quantised else pages
+        found = flat.view(-1, size * width).index_select(0, rows.view(-1)).view(batch, heads, count * size, width)
+        return found.view(FP8).to(dtype) * self.scale if self.quantised else found
+
+    def scrub(self, group: int, blocks: Sequence[int]) -> None:
+        """Zero blocks of a group, so that a NaN left in them cannot reach their next owner through masked places."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
+        for layer in self.groups[group].layers:
+            for pages in self.pages[layer]:
+                pages.view(torch.uint8).index_fill_(0, index, 0)
