@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from support import machine
 
+from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.sampling import SamplingParams
 from triptych.python_models.contract.settings import Settings
@@ -51,8 +52,8 @@ class Answer:
     done: threading.Event = field(default_factory=threading.Event)
     on_end: Callable[[], None] | None = None
 
-    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
-        count = len(tensors["token_ids"]) if tensors else 0
+    def send(self, answer: Mapping[str, Any] | Delta, *, final: bool) -> None:
+        count = len(answer.token_ids) if isinstance(answer, Delta) else 0
         if count:
             self.tokens += count
             self.times.extend([time.perf_counter()] * count)

@@ -1,4 +1,4 @@
-"""The engine against transformers' own ``generate`` on the same checkpoint, in one run; and what a cached picture saves.
+"""The engine against transformers' own ``generate`` on the same checkpoint in one run; what a cached picture saves.
 
     python benchmarks/generate.py [--model builtin] [--device cpu]
 

@@ -1,15 +1,16 @@
 """Checkpoint folders without weights: real shapes for --load-format dummy, with a small tokenizer.
 
-    python benchmarks/shapes.py qwen2.5-vl-7b FOLDER
+    python benchmarks/shapes.py qwen2.5-vl-7b FOLDER [--weights]
 
 The shapes are those of the published configurations; processor options too. Only the vocabulary's words are made up,
-so token ids beyond them have no text.
+so token ids beyond them have no text. --weights writes random ones too, as safetensors: to measure loading.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +55,7 @@ def _qwen2_5_vl(text: dict[str, Any], layers: int | None) -> tuple[Any, Any]:
             "out_hidden_size": shape["hidden_size"],
         },
         dtype="bfloat16",
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
         **tiny._vision_ids(tokenizer),
     )
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
@@ -87,13 +89,47 @@ def write(shape: str, folder: Path, layers: int | None = None) -> None:
     processor.save_pretrained(folder)
 
 
+def write_weights(folder: Path, shard_bytes: int = 2 * 2**30) -> None:
+    """Random bfloat16 weights for the folder's config.json, in shards with an index."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config)
+    noise = torch.randn(2**24).mul_(0.02).bfloat16()
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for name, tensor in model.state_dict().items():
+        size += 2 * tensor.numel()
+        if shards[-1] and size > shard_bytes:
+            shards.append({})
+            size = 2 * tensor.numel()
+        repeats = -(-tensor.numel() // noise.numel())
+        shards[-1][name] = noise.repeat(repeats)[: tensor.numel()].view(tensor.shape).clone()
+        if tensor.dim() == 1:
+            shards[-1][name].fill_(1)
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, {"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+        shard.clear()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--weights", action="store_true", help="write random weights too")
+    parser.add_argument("--layers", type=int, help="of the decoder, instead of all")
     arguments = parser.parse_args()
-    write(arguments.shape, arguments.folder)
+    write(arguments.shape, arguments.folder, arguments.layers)
+    if arguments.weights:
+        write_weights(arguments.folder)
 
 
 if __name__ == "__main__":
