@@ -61,8 +61,8 @@ class LocalEnsemble:
             while (item := run.results.get()) is not None:
                 if isinstance(item, TriptychError):
                     raise item
-                if not (delta := Delta.from_tensors(item)).is_heartbeat:
-                    yield delta
+                if not item.is_heartbeat:
+                    yield item
             run.done = True
         finally:
             if not run.done:
@@ -92,7 +92,7 @@ class _Run:
         self.stages = stages
         self.spec = spec
         self.request_id = request_id
-        self.results: queue.SimpleQueue[Mapping[str, Any] | TriptychError | None] = queue.SimpleQueue()
+        self.results: queue.SimpleQueue[Delta | TriptychError | None] = queue.SimpleQueue()
         self.done = False
         self._lock = threading.Lock()
         self._tensors: dict[str, Any] = {}
@@ -119,12 +119,13 @@ class _StepResponder:
         self._step = step
         self._last = STAGES[step.stage].decoupled
 
-    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
-        if not self._last:
-            self._run.arrived({outer: tensors.get(inner) for inner, outer in self._step.outputs.items()})
-            return
-        if tensors:
-            self._run.results.put(tensors)
+    def send(self, answer: Mapping[str, Any] | Delta, *, final: bool) -> None:
+        if isinstance(answer, Delta):
+            self._run.results.put(answer)
+        elif not self._last:
+            self._run.arrived({outer: answer.get(inner) for inner, outer in self._step.outputs.items()})
+        elif answer:
+            self._run.results.put(Delta.from_tensors(answer))
         if final:
             self._run.results.put(None)
 

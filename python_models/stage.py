@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from .contract.delta import Delta
 from .contract.errors import TriptychError
 from .contract.settings import Settings
 
@@ -17,10 +18,12 @@ from .contract.settings import Settings
 class Responder(Protocol):
     """Where the answers to one request go. Thread-safe; calls after the final one are ignored."""
 
-    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
+    def send(self, answer: Mapping[str, Any] | Delta, *, final: bool) -> None:
         """Send one response: STRING tensors as lists of str or bytes, others as numpy arrays or torch tensors.
 
-        A decoupled stage may send many, with ``final`` on the last; others send exactly one, final.
+        A decoupled stage may send many, with ``final`` on the last; others send exactly one, final. It may send a
+        :class:`Delta` instead of its tensors: deltas of one choice that come faster than they can be sent leave
+        merged into one.
         """
 
     def fail(self, error: TriptychError) -> None:

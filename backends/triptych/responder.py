@@ -10,6 +10,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.tensors import StageSpec
 
@@ -110,12 +111,12 @@ class TritonResponder:
         self._lock = threading.Lock()
         self._done = False
 
-    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
+    def send(self, answer: Mapping[str, Any] | Delta, *, final: bool) -> None:
         """Queue one response. The arrays must not change afterwards."""
         if not final and not self._decoupled:
             self.fail(TriptychError(ErrorKind.STAGE_FAILED, "the stage sent more than one answer; it must send one"))
             return
-        self._put(tensors, final)
+        self._put(answer.to_tensors() if isinstance(answer, Delta) else answer, final)
 
     def fail(self, error: TriptychError) -> None:
         """Queue an error as the final response."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,10 +52,11 @@ class Delta:
         text: text since the last delta (complete characters only).
         token_ids: tokens since the last delta.
         logprobs: one per token id where asked for, else empty.
-        finish_reason: "stop", "length", or "" while running.
+        finish_reason: "stop", "length", or "" while the choice runs; every choice of a request has its own.
         matched_stop: the stop string or token id that ended it, or None.
-        usage: on the first and the last delta.
-        index: choice number.
+        usage: on the first delta, and on the one that ends a choice: counts of all choices of the request so far, so
+            that the last delta of a request holds the final ones.
+        index: choice number, below ``n`` of the sampling parameters.
     """
 
     text: str = ""
@@ -73,20 +74,25 @@ class Delta:
 
     def to_tensors(self) -> dict[str, Any]:
         """Output tensors of ``language_model`` (see :mod:`~triptych.python_models.contract.tensors`)."""
+        return {
+            "text": [self.text],
+            "token_ids": np.array(self.token_ids, dtype=np.int32),
+            "finish_reason": [self.finish_reason],
+            "index": np.array((self.index,), dtype=np.int32),
+            "info": [self._info()],
+        }
+
+    def _info(self) -> str:
+        if self.usage is None and self.matched_stop is None and not self.logprobs:
+            return ""
         info: dict[str, Any] = {}
         if self.usage is not None:
-            info["usage"] = asdict(self.usage)
+            info["usage"] = vars(self.usage)
         if self.matched_stop is not None:
             info["matched_stop"] = self.matched_stop
         if self.logprobs:
-            info["logprobs"] = [asdict(item) for item in self.logprobs]
-        return {
-            "text": [self.text],
-            "token_ids": np.asarray(self.token_ids, dtype=np.int32),
-            "finish_reason": [self.finish_reason],
-            "index": np.asarray([self.index], dtype=np.int32),
-            "info": [json.dumps(info) if info else ""],
-        }
+            info["logprobs"] = [vars(item) for item in self.logprobs]
+        return json.dumps(info)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Any]) -> Delta:
@@ -95,7 +101,7 @@ class Delta:
         info = json.loads(raw) if raw else {}
         return cls(
             text=_text(tensors["text"]),
-            token_ids=tuple(int(i) for i in tensors["token_ids"]),
+            token_ids=tuple(np.asarray(tensors["token_ids"]).tolist()),
             logprobs=tuple(
                 TokenLogprob(
                     item["token_id"],
@@ -111,6 +117,27 @@ class Delta:
             usage=Usage(**info["usage"]) if "usage" in info else None,
             index=int(tensors["index"][0]),
         )
+
+
+def merge(first: Delta, second: Delta) -> Delta:
+    """One delta that says what two in a row of one choice say.
+
+    Text, tokens and log probabilities are joined; of finish reason, what matched and usage the later wins.
+
+    Raises:
+        ValueError: they are of different choices, or the first one ended its choice.
+    """
+    if first.index != second.index or first.finish_reason:
+        raise ValueError(f"delta of choice {second.index} cannot follow {first} in one piece")
+    return Delta(
+        first.text + second.text,
+        first.token_ids + second.token_ids,
+        first.logprobs + second.logprobs,
+        second.finish_reason,
+        second.matched_stop,
+        second.usage if second.usage is not None else first.usage,
+        first.index,
+    )
 
 
 def _text(value: Any) -> str:

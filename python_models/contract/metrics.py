@@ -44,6 +44,12 @@ METRICS = {
             "triptych_time_to_first_token_seconds", "histogram", "Arrival at the engine to first token", (), SECONDS
         ),
         MetricSpec("triptych_inter_token_seconds", "histogram", "Time between tokens of one request", (), SECONDS),
+        MetricSpec("triptych_draft_tokens_total", "counter", "Tokens guessed by prompt lookup"),
+        MetricSpec("triptych_accepted_draft_tokens_total", "counter", "Guessed tokens that the model confirmed"),
+        MetricSpec(
+            "triptych_engine_step_seconds", "histogram", "From planning a step to having its tokens", (), SECONDS
+        ),
+        MetricSpec("triptych_grammar_compile_seconds", "histogram", "Compiling the grammar of a request", (), SECONDS),
         MetricSpec("triptych_preemptions_total", "counter", "Requests whose KV blocks were taken back"),
         MetricSpec("triptych_kv_cache_usage_ratio", "gauge", "Share of KV blocks in use"),
         MetricSpec("triptych_heartbeat_timestamp_seconds", "gauge", "Unix time of a stage's last sign of life"),

@@ -41,7 +41,8 @@ class Plan:
         items: the media in prompt order.
         sampling: validated sampling parameters.
         rope_delta: position of generated token number k is ``len(input_ids) + rope_delta + k`` (mrope; 0 otherwise).
-        stream, lease_s, timeout_s: see :class:`~triptych.python_models.contract.request.ChatRequest`.
+        stream, lease_s, timeout_s, priority, cache_salt: see
+            :class:`~triptych.python_models.contract.request.ChatRequest`.
         extras: what single families need beside (family-private JSON values).
     """
 
@@ -51,6 +52,8 @@ class Plan:
     stream: bool = True
     lease_s: float | None = None
     timeout_s: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
     extras: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -22,6 +22,9 @@ from .sampling import SamplingParams
 
 ROLES = ("system", "developer", "user", "assistant")
 MODALITIES = ("image", "video", "audio")
+MAX_SALT = 256
+_FIELDS = ("messages", "sampling", "stream")
+_OPTIONAL = {"lease_s": None, "timeout_s": None, "priority": 0, "cache_salt": ""}
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class ChatRequest:
         lease_s: end the request unless it is renewed (``renew`` input of language_model) at least this often;
             None: no lease.
         timeout_s: end the request after this many seconds in any case; None: the server's limit.
+        priority: waiting requests with a higher one are admitted first, and lose their KV blocks last.
+        cache_salt: requests share the prefix cache only with those of the same salt.
     """
 
     messages: tuple[Message, ...]
@@ -70,6 +75,8 @@ class ChatRequest:
     stream: bool = True
     lease_s: float | None = None
     timeout_s: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
     def media(self) -> Iterator[tuple[str, MediaPart]]:
         """(field name, part) of every medium in prompt order."""
@@ -90,7 +97,7 @@ class ChatRequest:
         except (ValueError, RecursionError) as error:
             raise invalid(f"request is not JSON: {error}", "request") from None
         data = check.mapping(data, "request")
-        check.known_keys(data, ("messages", "sampling", "stream", "lease_s", "timeout_s"), "")
+        check.known_keys(data, (*_FIELDS, *_OPTIONAL), "")
         messages = data.get("messages")
         if not isinstance(messages, list) or not messages:
             raise invalid("messages must be a list with at least one message", "messages")
@@ -100,6 +107,8 @@ class ChatRequest:
             stream=check.boolean(data.get("stream", True), "stream"),
             lease_s=_optional_seconds(data.get("lease_s"), "lease_s"),
             timeout_s=_optional_seconds(data.get("timeout_s"), "timeout_s"),
+            priority=check.integer(data.get("priority", 0), "priority", -(2**31), 2**31 - 1),
+            cache_salt=_salt(data.get("cache_salt", "")),
         )
         for where, part in request.media():
             if part.blob is not None and part.blob >= num_blobs:
@@ -113,14 +122,20 @@ class ChatRequest:
             data["sampling"] = sampling
         if not self.stream:
             data["stream"] = False
-        for name in ("lease_s", "timeout_s"):
-            if (value := getattr(self, name)) is not None:
+        for name, default in _OPTIONAL.items():
+            if (value := getattr(self, name)) != default:
                 data[name] = value
         return json.dumps(data, ensure_ascii=False)
 
 
 def _optional_seconds(value: Any, param: str) -> float | None:
     return None if value is None else check.number(value, param, 0.001, 86400)
+
+
+def _salt(value: Any) -> str:
+    if len(check.string(value, "cache_salt")) > MAX_SALT:
+        raise invalid(f"cache_salt has {len(value)} characters; at most {MAX_SALT} are allowed", "cache_salt")
+    return str(value)
 
 
 def _message(value: Any, where: str) -> Message:

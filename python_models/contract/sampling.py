@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from . import _check as check
-from .errors import invalid
+from .errors import ErrorKind, TriptychError, invalid
 
 MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_SPECULATIVE_TOKENS = 16
+MAX_GRAMMAR_BYTES = 128 * 1024
+GRAMMAR_TYPES = ("json_object", "json_schema", "regex", "ebnf")
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text of an answer must look like.
+
+    Attributes:
+        type: "json_object" (any JSON object), "json_schema", "regex" (the whole text matches) or "ebnf" (GBNF, the
+            start rule is ``root``).
+        value: the JSON text of the schema, the expression or the rules; "" for json_object.
+    """
+
+    type: str
+    value: str = ""
+
+    @classmethod
+    def from_json(cls, value: Any, param: str) -> Grammar:
+        """Check shape and size; whether it can be compiled is found out by the language model.
+
+        A schema may be given as a JSON value or as its text.
+
+        Raises:
+            TriptychError: INVALID_REQUEST or TOO_LARGE, naming the field.
+        """
+        data = check.mapping(value, param)
+        check.known_keys(data, ("type", "value"), param)
+        kind, text = data.get("type"), data.get("value", "")
+        if kind not in GRAMMAR_TYPES:
+            raise invalid(f"{param}.type must be one of {', '.join(GRAMMAR_TYPES)}, got {kind!r}", f"{param}.type")
+        where = f"{param}.value"
+        if kind == "json_object":
+            if text:
+                raise invalid(f"{where} must be left out for json_object", where)
+            return cls(kind)
+        if kind == "json_schema":
+            text = _schema(text, where)
+        if not check.string(text, where):
+            raise invalid(f"{where} must not be empty", where)
+        size = len(text.encode("utf-8", "replace"))
+        if size > MAX_GRAMMAR_BYTES:
+            message = f"{where} has {size} bytes; at most {MAX_GRAMMAR_BYTES} are allowed"
+            raise TriptychError(ErrorKind.TOO_LARGE, message, where)
+        return cls(kind, text)
 
 
 @dataclass(frozen=True)
@@ -34,6 +82,10 @@ class SamplingParams:
         top_logprobs: and of that many most likely tokens, 0 to 20.
         logit_bias: token id -> value added to its logit, [-100, 100].
         skip_special_tokens: leave special tokens out of the text.
+        n: answers to the same prompt, each a choice of its own, 1 to 128. Choice 0 is the answer that n = 1 gives.
+        speculative_tokens: tokens guessed per step by prompt lookup (Saxena 2023), 0 (off) to 16; None takes the
+            server's. Greedy answers stay the same.
+        grammar: what the text must look like; None for anything.
     """
 
     max_tokens: int | None = None
@@ -53,6 +105,9 @@ class SamplingParams:
     top_logprobs: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
+    n: int = 1
+    speculative_tokens: int | None = None
+    grammar: Grammar | None = None
 
     @classmethod
     def from_json(cls, value: Any, param: str = "sampling") -> SamplingParams:
@@ -66,7 +121,7 @@ class SamplingParams:
         given: dict[str, Any] = {}
         for name, item in data.items():
             where = f"{param}.{name}" if param else name
-            if item is None and name in ("max_tokens", "seed"):
+            if item is None and name in ("max_tokens", "seed", "speculative_tokens", "grammar"):
                 continue
             given[name] = _FIELDS[name](item, where)
         return cls(**given)
@@ -78,6 +133,22 @@ class SamplingParams:
         if "logit_bias" in out:
             out["logit_bias"] = {str(k): v for k, v in self.logit_bias.items()}
         return out
+
+
+def _schema(value: Any, param: str) -> str:
+    """The text of a JSON schema given as such or as a JSON value."""
+    schema = value
+    if isinstance(value, str):
+        try:
+            schema = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise invalid(f"{param} is not JSON: {error}", param) from None
+    if not isinstance(schema, (Mapping, bool)):
+        raise invalid(f"{param} must be an object or a boolean, not {check.json_type(schema)}", param)
+    try:
+        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise invalid(f"{param} is nested too deeply", param) from None
 
 
 def _stop(value: Any, param: str) -> tuple[str, ...]:
@@ -135,4 +206,7 @@ _FIELDS: dict[str, Any] = {
     "top_logprobs": lambda v, p: check.integer(v, p, 0, MAX_TOP_LOGPROBS),
     "logit_bias": _bias,
     "skip_special_tokens": check.boolean,
+    "n": lambda v, p: check.integer(v, p, 1, MAX_CHOICES),
+    "speculative_tokens": lambda v, p: check.integer(v, p, 0, MAX_SPECULATIVE_TOKENS),
+    "grammar": Grammar.from_json,
 }

@@ -327,6 +327,8 @@ def _tensors(request: ChatRequest, prepared: Prepared) -> dict[str, Any]:
         stream=request.stream,
         lease_s=request.lease_s,
         timeout_s=request.timeout_s,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
         extras=prepared.extras,
     )
     tensors: dict[str, Any] = {

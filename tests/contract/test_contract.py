@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
+from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage, merge
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.features import EncoderItem, pack, unpack
 from triptych.python_models.contract.plan import MediaItem, Plan
 from triptych.python_models.contract.request import ChatRequest
-from triptych.python_models.contract.sampling import SamplingParams
+from triptych.python_models.contract.sampling import MAX_GRAMMAR_BYTES, Grammar, SamplingParams
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import ENSEMBLES, STAGES
 
@@ -53,6 +53,8 @@ REQUEST: dict[str, Any] = {
     "sampling": {"temperature": 0, "stop": "x", "logit_bias": {"7": -1.5}, "max_tokens": 3},
     "stream": False,
     "lease_s": 10,
+    "priority": 3,
+    "cache_salt": "tenant",
 }
 
 
@@ -84,6 +86,21 @@ def test_request_round_trip() -> None:
         ({"sampling": {"logit_bias": {"a": 1}}}, "sampling.logit_bias"),
         ({"sampling": {"top_logprobs": 21}}, "sampling.top_logprobs"),
         ({"sampling": {"temprature": 1}}, "sampling.temprature"),
+        ({"sampling": {"n": 0}}, "sampling.n"),
+        ({"sampling": {"n": 129}}, "sampling.n"),
+        ({"sampling": {"speculative_tokens": 17}}, "sampling.speculative_tokens"),
+        ({"sampling": {"grammar": "x"}}, "sampling.grammar"),
+        ({"sampling": {"grammar": {"type": "yaml"}}}, "sampling.grammar.type"),
+        ({"sampling": {"grammar": {"type": "regex", "pattern": "a"}}}, "sampling.grammar.pattern"),
+        ({"sampling": {"grammar": {"type": "regex"}}}, "sampling.grammar.value"),
+        ({"sampling": {"grammar": {"type": "ebnf", "value": 3}}}, "sampling.grammar.value"),
+        ({"sampling": {"grammar": {"type": "json_object", "value": "x"}}}, "sampling.grammar.value"),
+        ({"sampling": {"grammar": {"type": "json_schema", "value": "{"}}}, "sampling.grammar.value"),
+        ({"sampling": {"grammar": {"type": "json_schema", "value": [1]}}}, "sampling.grammar.value"),
+        ({"priority": 0.5}, "priority"),
+        ({"priority": 2**31}, "priority"),
+        ({"cache_salt": 1}, "cache_salt"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
         ({"stream": 1}, "stream"),
         ({"lease_s": -1}, "lease_s"),
     ],
@@ -114,6 +131,8 @@ def test_plan_round_trip() -> None:
         SamplingParams(temperature=0.5, stop=("a",), logit_bias={3: 1.0}),
         rope_delta=-3,
         lease_s=2.0,
+        priority=-4,
+        cache_salt="ü",
     )
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.items[0].num_rows == 5
@@ -138,6 +157,49 @@ def test_delta_round_trip() -> None:
     assert Delta.from_tensors(delta.to_tensors()) == delta
     assert Delta(usage=Usage(1)).is_heartbeat
     assert not delta.is_heartbeat
+
+
+def test_a_delta_with_nothing_to_say_writes_no_json() -> None:
+    assert Delta("x", (1, 2)).to_tensors()["info"] == [""]
+
+
+def test_merged_deltas_say_the_same() -> None:
+    first, second = (TokenLogprob(i, str(i), -0.5) for i in (1, 2))
+    one = Delta("a", (1,), (first,), usage=Usage(5), index=2)
+    two = Delta("b", (2, 3), (second,), index=2)
+    assert merge(one, two) == Delta("ab", (1, 2, 3), (first, second), usage=Usage(5), index=2)
+    end = Delta("c", (4,), (), "stop", 4, Usage(5, 0, 4), 2)
+    assert merge(merge(one, two), end) == merge(one, merge(two, end))
+    assert merge(one, end) == Delta("ac", (1, 4), (first,), "stop", 4, Usage(5, 0, 4), 2)
+    assert merge(Delta(), Delta("b")) == Delta("b")
+
+
+def test_deltas_of_other_choices_and_after_the_end_are_not_merged() -> None:
+    with pytest.raises(ValueError, match="choice 1"):
+        merge(Delta("a"), Delta("b", index=1))
+    with pytest.raises(ValueError, match="cannot follow"):
+        merge(Delta("a", finish_reason="stop"), Delta("b"))
+
+
+def test_grammars_round_trip() -> None:
+    for given, kept in (
+        ({"type": "json_object"}, Grammar("json_object")),
+        ({"type": "json_schema", "value": {"type": "object"}}, Grammar("json_schema", '{"type":"object"}')),
+        ({"type": "json_schema", "value": '{"a": "ü"}'}, Grammar("json_schema", '{"a":"ü"}')),
+        ({"type": "json_schema", "value": True}, Grammar("json_schema", "true")),
+        ({"type": "regex", "value": "[ab]+"}, Grammar("regex", "[ab]+")),
+        (None, None),
+    ):
+        params = SamplingParams.from_json({"grammar": given, "n": 3, "speculative_tokens": 4})
+        assert (params.grammar, params.n, params.speculative_tokens) == (kept, 3, 4)
+        assert SamplingParams.from_json(json.loads(json.dumps(params.to_json()))) == params
+
+
+def test_a_grammar_has_a_largest_size() -> None:
+    with pytest.raises(TriptychError) as caught:
+        SamplingParams.from_json({"grammar": {"type": "regex", "value": "ü" * MAX_GRAMMAR_BYTES}})
+    assert caught.value.kind is ErrorKind.TOO_LARGE
+    assert caught.value.param == "sampling.grammar.value"
 
 
 def test_every_ensemble_step_maps_tensors_that_exist() -> None:

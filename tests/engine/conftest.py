@@ -47,9 +47,9 @@ class Recorder:
         self._done = threading.Event()
         self._first = threading.Event()
 
-    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
-        if tensors:
-            delta = Delta.from_tensors(tensors)
+    def send(self, answer: Mapping[str, Any] | Delta, *, final: bool) -> None:
+        if answer:
+            delta = answer if isinstance(answer, Delta) else Delta.from_tensors(answer)
             self.deltas.append(delta)
             if delta.token_ids:
                 self._first.set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -229,12 +229,12 @@ class Answer:
     """A Responder that waits for the end."""
 
     def __init__(self) -> None:
-        self.responses: list[Mapping[str, Any]] = []
+        self.responses: list[Any] = []
         self.error: TriptychError | None = None
         self._end = threading.Event()
 
-    def send(self, tensors: Mapping[str, Any], *, final: bool) -> None:
-        self.responses.append(tensors)
+    def send(self, answer: Any, *, final: bool) -> None:
+        self.responses.append(answer)
         if final:
             self._end.set()
 
@@ -242,7 +242,7 @@ class Answer:
         self.error = error
         self._end.set()
 
-    def result(self, timeout: float = 60.0) -> list[Mapping[str, Any]]:
+    def result(self, timeout: float = 60.0) -> list[Any]:
         assert self._end.wait(timeout), "no answer"
         if self.error is not None:
             raise self.error

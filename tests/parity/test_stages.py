@@ -71,7 +71,7 @@ class Server:
         return answer
 
     def tokens(self, answer: Any) -> list[int]:
-        deltas = [Delta.from_tensors(tensors) for tensors in answer.result()]
+        deltas: list[Delta] = answer.result()
         assert deltas[-1].finish_reason in ("stop", "length")
         return without_end(self.parts, [token for delta in deltas for token in delta.token_ids])
 

@@ -435,7 +435,7 @@ class Engine:
             if isinstance(answer, TriptychError):
                 request.responder.fail(answer)
             else:
-                request.responder.send(answer.to_tensors(), final=final)
+                request.responder.send(answer, final=final)
         except Exception:
             logger.exception("the responder of request %r failed", request.request_id)
             return False
