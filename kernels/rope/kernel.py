@@ -67,10 +67,7 @@ def _norm_weight(query_norm, key_norm, columns, inside, is_query):
 def _apply_norm(x, factor, weight, is_rotated, offset, GEMMA: tl.constexpr, dtype: tl.constexpr):
     """x * factor * (offset + weight), rounded to dtype as transformers' modules do; values pass as they are."""
     normed = x * factor[:, None]
-    if GEMMA:
-        normed = normed * (offset + weight)
-    else:
-        normed = normed.to(dtype).to(tl.float32) * weight
+    normed = normed * (offset + weight) if GEMMA else normed.to(dtype).to(tl.float32) * weight
     return tl.where(is_rotated[:, None], normed.to(dtype).to(tl.float32), x)
 
 

@@ -38,7 +38,7 @@ def rotate_and_store_reference(
     value_scale: float = 1.0,
 ) -> torch.Tensor:
     """See :func:`triptych.kernels.rope.rotate_and_store`."""
-    heads = qkv.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
+    heads = qkv.view(len(qkv), num_heads + 2 * num_kv_heads, key_pages.shape[-1])
     # queries and keys take the same way
     both, value = heads[:, : num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads :]
     if query_norm is not None:
@@ -50,7 +50,8 @@ def rotate_and_store_reference(
     store_reference(
         both[:, num_heads:], value, key_pages, value_pages, slots, key_scale=key_scale, value_scale=value_scale
     )
-    return both[:, :num_heads].contiguous()
+    query: torch.Tensor = both[:, :num_heads].contiguous()
+    return query
 
 
 def _head_norm(
@@ -70,7 +71,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
     half = cos.shape[-1]
     wide = x.float()
     rotated = wide[..., : 2 * half]
-    first, second = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else rotated.split(half, dim=-1)
+    first, second = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else (rotated[..., :half], rotated[..., half:])
     a, b = first * cos - second * sin, second * cos + first * sin
     parts = [torch.stack([a, b], dim=-1).flatten(-2)] if interleaved else [a, b]
     if 2 * half < x.shape[-1]:

@@ -7,7 +7,6 @@ import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-
 from triptych.kernels.norm import rms_norm, rms_norm_reference
 from triptych.kernels.norm.kernel import _rms_norm_kernel
 from triptych.kernels.norm.launch import launch
