@@ -109,7 +109,10 @@ class Rig:
     free: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.free = [list(range(count - 1, -1, -1)) for count in self.num_blocks]
+        # block 0 stands in tables for what was given back
+        self.free = [list(range(count - 1, 0, -1)) for count in self.num_blocks]
+        for group in range(len(self.num_blocks)):
+            self._poison(group, 0)
 
     def request(self, tokens: Sequence[int], slot: int, spans: tuple[tuple[int, int], ...] = ()) -> Request:
         return Request(list(tokens), slot, [[] for _ in self.runner.kv_groups], spans=spans)
@@ -134,14 +137,16 @@ class Rig:
         return Slice(start=request.done, block_tables=tables, slot=request.slot, **options)
 
     def _give_back(self, group: int, table: list[int], upto: int) -> None:
-        cache = self.runner._cache
         for place in range(max(upto, 0)):
             block, table[place] = table[place], 0
-            if block and block not in self.free[group]:
-                for layer in self.runner.kv_groups[group].layers:
-                    for pages in cache.pages[layer]:
-                        pages[block] = torch.nan
+            if block:
+                self._poison(group, block)
                 self.free[group].insert(0, block)
+
+    def _poison(self, group: int, block: int) -> None:
+        for layer in self.runner.kv_groups[group].layers:
+            for pages in self.runner._cache.pages[layer]:
+                pages[block] = torch.full((), torch.nan, device=self.device).to(pages.dtype)
 
     def step(self, work: dict[int, tuple[Request, Slice]]) -> None:
         """Compute slices; greedy tokens go to `last_tokens`, and to the requests as if they were read later."""
