@@ -1,1 +1,17 @@
-"""Decoders with fused weights, built from the modules or the files of a checkpoint."""
+"""Decoders of the common dense and mixture-of-experts families with fused weights, for speed."""
+
+from .builder import build, random_weights
+from .decoder import FusedDecoder
+from .shard import Alone, Collectives, Shard
+from .source import ModuleSource, WeightSource
+
+__all__ = [
+    "Alone",
+    "Collectives",
+    "FusedDecoder",
+    "ModuleSource",
+    "Shard",
+    "WeightSource",
+    "build",
+    "random_weights",
+]
