@@ -74,6 +74,8 @@ class Decoder:
         eos_token_ids: ids that end an answer (generation_config, else config).
         context_length: positions the checkpoint was made for.
         num_axes: axes of position ids (3 for mrope, else 1).
+        bidirectional: modalities whose tokens see all of their own medium, also what comes after them (Gemma 3:
+            "image"); such a run of tokens is always computed in one step.
     """
 
     text_model: nn.Module
@@ -84,6 +86,7 @@ class Decoder:
     eos_token_ids: frozenset[int]
     context_length: int
     num_axes: int
+    bidirectional: frozenset[str] = frozenset()
 
 
 class Preprocessor(Protocol):

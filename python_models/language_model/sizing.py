@@ -17,8 +17,22 @@ _PREFIX_SHARE = 1.5
 """Blocks of a window group over what running requests can use: the rest keeps the ends of finished prompts."""
 
 
+def device_memory(device: str) -> tuple[int, int]:
+    """(free, total) bytes; on a CPU `CPU_BYTES` are all there is to take."""
+    if torch.device(device).type != "cuda":
+        return CPU_BYTES, CPU_BYTES
+    # what torch holds in reserve counts as free
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)
+
+
 def kv_blocks(
-    settings: Settings, groups: Sequence[KVGroup], bytes_per_token: Sequence[int], context_length: int, device: str
+    settings: Settings,
+    groups: Sequence[KVGroup],
+    bytes_per_token: Sequence[int],
+    context_length: int,
+    device: str,
+    memory: tuple[int, int] | None = None,
 ) -> tuple[int, ...]:
     """Blocks of ``settings.block_size`` tokens for each group of layers.
 
@@ -33,6 +47,8 @@ def kv_blocks(
         bytes_per_token: that one token takes in each group.
         context_length: tokens of the longest request.
         device: that holds the cache.
+        memory: (free, total) bytes, where other devices share the layers: of the one with the least; None asks
+            ``device``.
 
     Raises:
         TriptychError: not one block fits, saying which option to change.
@@ -51,10 +67,9 @@ def kv_blocks(
             )
         most = settings.kv_cache_tokens // size
         return tuple(most if g.window is None else min(most, want) for g, want in zip(groups, wanted, strict=True))
-    room = CPU_BYTES
-    if torch.device(device).type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        room = int(total * settings.mem_fraction_static) - (total - free)
+    free, total = memory or device_memory(device)
+    share = settings.mem_fraction_static if torch.device(device).type == "cuda" else 1
+    room = int(total * share) - (total - free)
     # equal numbers of blocks fit in any case; what windows do not need of that goes to the others
     equal = room // (sum(bytes_per_token) * size)
     if equal < 1:
