@@ -13,50 +13,21 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tile(
-    keys,  # pages of this kv head: the address of token 0 of block 0
-    values,
-    table,  # this request's row of the block table
-    first,  # first token of the tile
-    begin,  # tokens before this may be gone (windows)
-    end,  # tokens from here on are not there
-    key_block,
-    key_token,
-    value_block,
-    value_token,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGE: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
-    """Addresses of a tile of keys [BLOCK_N, BLOCK_D] and values [BLOCK_N, BLOCK_DV], and which of both to read."""
-    at = first + tl.arange(0, BLOCK_N)
-    there = (at >= begin) & (at < end)
+def _blocks(table, first, begin, end, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
+    """Blocks of the tile of keys at ``first``: one number, or [BLOCK_N] where a tile is no part of one page."""
     if PAGE % BLOCK_N == 0:
-        # the tile lies within one page, so one number is read; a tile is never begun past the end
-        block = tl.load(table + first // PAGE).to(tl.int64)
-        keys += block * key_block
-        values += block * value_block
-        slot = first % PAGE + tl.arange(0, BLOCK_N)
-        key_rows = slot * key_token
-        value_rows = slot * value_token
+        block = tl.load(table + first // PAGE, first < end, other=0)
     else:
-        if BOUNDED:
-            blocks = tl.load(table + at // PAGE, there, other=0).to(tl.int64)
-        else:
-            blocks = tl.load(table + at // PAGE).to(tl.int64)
-        key_rows = blocks * key_block + at % PAGE * key_token
-        value_rows = blocks * value_block + at % PAGE * value_token
-    wide = tl.arange(0, BLOCK_D)
-    wide_value = tl.arange(0, BLOCK_DV)
-    key_mask = there[:, None] & (wide < D)[None, :]
-    value_mask = there[:, None] & (wide_value < DV)[None, :]
-    key_at = keys + key_rows[:, None] + wide[None, :]
-    value_at = values + value_rows[:, None] + wide_value[None, :]
-    return key_at, key_mask, value_at, value_mask
+        at = first + tl.arange(0, BLOCK_N)
+        block = tl.load(table + at // PAGE, (at >= begin) & (at < end), other=0)
+    return block
+
+
+@triton.jit
+def _rows(block, first, block_stride, token_stride, BLOCK_N: tl.constexpr, PAGE: tl.constexpr):
+    """Where the tile's rows lie in the pages of a kv head, int64 [BLOCK_N, 1]."""
+    at = (first + tl.arange(0, BLOCK_N)) % PAGE
+    return (block.to(tl.int64) * block_stride + at * token_stride)[:, None]
 
 
 @triton.jit
@@ -72,6 +43,7 @@ def _pass(
     acc,
     peak,
     total,
+    block,  # blocks of the first tile
     query,
     positions,
     span_start,
@@ -101,35 +73,25 @@ def _pass(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax over the keys [low, high), in tiles. Not MASKED: every row sees all of them."""
+    """Online softmax over the keys [low, high), in tiles. Not MASKED: every row sees all of them.
+
+    Returns acc, peak, total, and the blocks of the tile that follows.
+    """
+    wide = tl.arange(0, BLOCK_D)
+    wide_value = tl.arange(0, BLOCK_DV)
     for first in range(low, high, BLOCK_N):
-        key_at, key_mask, value_at, value_mask = _tile(
-            keys,
-            values,
-            table,
-            first,
-            begin,
-            end,
-            key_block,
-            key_token,
-            value_block,
-            value_token,
-            D,
-            DV,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            PAGE,
-            MASKED,
-        )
-        key = _read(key_at, key_mask, D, BLOCK_D, MASKED, DTYPE)
+        at = first + tl.arange(0, BLOCK_N)
+        there = (at >= begin) & (at < end)
+        # the next tile's blocks, a tile ahead: otherwise every tile would wait for the table before its keys
+        next_block = _blocks(table, first + BLOCK_N, begin, end, BLOCK_N, PAGE)
+        key_at = keys + _rows(block, first, key_block, key_token, BLOCK_N, PAGE) + wide[None, :]
+        key = _read(key_at, there[:, None] & (wide < D)[None, :], D, BLOCK_D, MASKED, DTYPE)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         if SOFTCAP > 0:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both infinities of exp
             grown = tl.exp2(scores * (2.0 * _LOG2E / SOFTCAP))
             scores = (1.0 - 2.0 / (grown + 1.0)) * (SOFTCAP * _LOG2E)
         if MASKED:
-            at = first + tl.arange(0, BLOCK_N)
             seen = at[None, :] <= positions[:, None]
             if SPANS:
                 seen |= (at[None, :] >= span_start[:, None]) & (at[None, :] < span_end[:, None])
@@ -142,11 +104,13 @@ def _pass(
         shrink = tl.exp2(peak - base)
         weights = tl.exp2(scores - base[:, None])
         total = total * shrink + tl.sum(weights, 1)
-        value = _read(value_at, value_mask, DV, BLOCK_DV, MASKED, DTYPE)
+        value_at = values + _rows(block, first, value_block, value_token, BLOCK_N, PAGE) + wide_value[None, :]
+        value = _read(value_at, there[:, None] & (wide_value < DV)[None, :], DV, BLOCK_DV, MASKED, DTYPE)
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(DTYPE), value, acc, input_precision=PRECISION)
         peak = new_peak
-    return acc, peak, total
+        block = next_block
+    return acc, peak, total, block
 
 
 @triton.jit(
@@ -195,11 +159,12 @@ def _attend_kernel(
     PHASES: tl.constexpr,  # tiles that every row sees whole go without masks
     DTYPE: tl.constexpr,  # what is multiplied
     PRECISION: tl.constexpr,
+    SAME_LAYOUT: tl.constexpr,  # key and value pages have the same strides: rows are found once
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if SAME_LAYOUT:
+        value_block = key_block
+        value_token = key_token
     request = tl.program_id(1)
     # the last tiles of a prompt see most, so they start first
     tile = (tl.num_programs(2) - 1 - tl.program_id(2)) // SPLITS
@@ -245,10 +210,15 @@ def _attend_kernel(
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         wide = tl.arange(0, BLOCK_D)
+        table = block_table + request.to(tl.int64) * table_row
+        block = _blocks(table, low, begin, high, BLOCK_N, PAGE)
+        # no kernel of ours writes lengths, tables or spans: they may be read while the kernel before still runs
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         if low < high:
             keys = key_pages + kv_head.to(tl.int64) * key_head
             values = value_pages + kv_head.to(tl.int64) * value_head
-            table = block_table + request.to(tl.int64) * table_row
             q = tl.load(
                 query + tokens[:, None] * query_token + heads[:, None] * query_head + wide[None, :],
                 is_row[:, None] & (wide < D)[None, :],
@@ -266,10 +236,11 @@ def _attend_kernel(
                 outer = tl.maximum(outer, inner)
             for stretch in tl.static_range(0, 3):
                 if stretch == 2 or (PHASES and (stretch == 1 or WINDOW > 0)):
-                    acc, peak, total = _pass(
+                    acc, peak, total, block = _pass(
                         acc,
                         peak,
                         total,
+                        block,
                         q,
                         positions,
                         span_start,
@@ -307,7 +278,7 @@ def _attend_kernel(
             some = total > 0
             total = tl.where(some, total, 1.0)
             tl.store(log_sums + place, tl.where(some, peak + tl.log2(total), float("-inf")), is_row)
-            part = acc / total[:, None]
+            part = acc * (1.0 / total)[:, None]
             tl.store(partial + place[:, None] * DV + wide_value[None, :], part, mask & some[:, None])
         else:
             if sinks is not None:
@@ -320,6 +291,9 @@ def _attend_kernel(
             factor = value_scale / tl.where(total > 0, total, 1.0)
             place = out + tokens[:, None] * out_token + heads[:, None] * out_head + wide_value[None, :]
             tl.store(place, (acc * factor[:, None]).to(out.dtype.element_ty), mask)
+    elif PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize_on_alignment=["sinks"])

@@ -53,7 +53,7 @@ DECODE: dict[tuple[int, int], Table] = {
         (128, 2, 4): Launch(64, 64, 4, 3, 4),
         (128, 2, 128): Launch(64, 64, 4, 3, 4),
         (128, 2, 512): Launch(64, 64, 4, 3, 4),
-        (128, 4, 4): Launch(16, 32, 4, 2, 4),
+        (128, 4, 4): Launch(16, 16, 4, 2, 4),
         (256, 1, 4): Launch(32, 32, 4, 3, 2),
         (256, 2, 4): Launch(32, 32, 4, 3, 2),
         (256, 4, 4): Launch(16, 16, 4, 2, 2),
@@ -86,10 +86,10 @@ PREFILL: dict[tuple[int, int], Table] = {
         (128, 1, 1024): Launch(128, 64, 8, 2, 1),
         (128, 2, 64): Launch(64, 64, 4, 3, 1),
         (128, 2, 1024): Launch(128, 64, 8, 2, 1),
-        (128, 4, 64): Launch(32, 32, 4, 2, 1),
-        (256, 1, 64): Launch(64, 32, 4, 2, 1),
-        (256, 2, 64): Launch(64, 32, 4, 2, 1),
-        (256, 2, 1024): Launch(128, 32, 8, 2, 1),
+        (128, 4, 64): Launch(16, 16, 8, 2, 1),
+        (256, 1, 64): Launch(32, 32, 8, 2, 1),
+        (256, 2, 64): Launch(64, 32, 8, 2, 1),
+        (256, 2, 1024): Launch(128, 32, 8, 3, 1),
         (256, 4, 64): Launch(16, 16, 4, 2, 1),
         (1024, 1, 64): Launch(16, 16, 4, 2, 1),
         (1024, 2, 64): Launch(16, 16, 4, 2, 1),
@@ -98,7 +98,7 @@ PREFILL: dict[tuple[int, int], Table] = {
     (0, 0): {
         (128, 1, 64): Launch(64, 32, 4, 2, 1),
         (128, 2, 64): Launch(64, 32, 4, 2, 1),
-        (128, 4, 64): Launch(16, 16, 4, 2, 1),
+        (128, 4, 64): Launch(16, 16, 8, 2, 1),
         (256, 1, 64): Launch(32, 16, 4, 2, 1),
         (256, 2, 64): Launch(32, 16, 4, 2, 1),
         (256, 4, 64): Launch(16, 16, 4, 1, 1),
@@ -192,11 +192,9 @@ def launch(
     if not query.is_cuda:
         # the interpreter multiplies bfloat16 as if it were integers
         multiplied = tl.float32
-    elif element == 1:
-        # every e4m3 number is a float16 number
-        multiplied = tl.float16
     else:
-        multiplied = _DTYPES[key_pages.dtype]
+        # every e4m3 number is a float16 number
+        multiplied = tl.float16 if element == 1 and query.dtype != torch.float32 else _DTYPES[query.dtype]
     flag = pdl(query)
     scale = scaling * key_scale
     _attend_kernel[(heads // pack, requests, tiles * num_splits)](
@@ -241,6 +239,7 @@ def launch(
         PHASES=not short,
         DTYPE=multiplied,
         PRECISION="ieee" if multiplied == tl.float32 else "tf32",
+        SAME_LAYOUT=key_pages.stride() == value_pages.stride(),
         PDL=flag,
         num_warps=params.num_warps,
         num_stages=params.num_stages,

@@ -65,7 +65,8 @@ def compile_sm90(fn: Any, signature: Mapping[str, str], constexprs: Mapping[str,
     worker = _worker()
     assert worker.stdin is not None
     assert worker.stdout is not None
-    worker.stdin.write(json.dumps(job) + "\n")
+    # of Triton's objects only dtypes travel
+    worker.stdin.write(json.dumps(job, default=lambda dtype: {"dtype": dtype.name}) + "\n")
     worker.stdin.flush()
     answer = json.loads(worker.stdout.readline())
     assert "error" not in answer, f"{job}\n{answer['error']}"
@@ -94,6 +95,7 @@ def _compile(job: dict[str, Any]) -> Compiled:
     import time
 
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -107,7 +109,8 @@ def _compile(job: dict[str, Any]) -> Compiled:
     for index, arg in enumerate(fn.arg_names):
         if arg in values:
             signature[arg] = "constexpr"
-            constexprs[(index,)] = values.pop(arg)
+            value = values.pop(arg)
+            constexprs[(index,)] = tl.dtype(value["dtype"]) if isinstance(value, dict) else value
         elif arg in given:
             kind, _, divisible = given.pop(arg).partition(":")
             signature[arg] = kind
