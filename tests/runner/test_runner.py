@@ -46,6 +46,15 @@ def test_padded_decode_steps_give_the_same_tokens(make_rig, kind, backend, devic
     assert rig.generate(prompts, 20) == [rig.expected(p, 20) for p in prompts]
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+def test_fused_decoders_run_on_the_same_runner(make_rig, kind, backend, device):
+    graphs = 0 if device == "cuda" and backend == "sdpa" else 7
+    rig = make_rig(kind, decoder="fused", attention_backend=backend, graph_batch=graphs)
+    prompts = [prompt_of(n) for n in (5, 33, 1, 50)]
+    assert rig.generate(prompts, 20, chunk=16) == [rig.expected(p, 20) for p in prompts]
+
+
 def test_replayed_steps_are_used_and_padded(make_rig, device):
     rig = make_rig(graph_batch=6)
     seen = []
@@ -192,8 +201,12 @@ def test_what_cannot_be_captured_is_an_error(make_rig, device):
         pytest.skip("a CPU captures nothing")
     with pytest.raises(TriptychError, match="sdpa cannot run in CUDA graphs; start with --no-cuda-graphs"):
         make_rig(attention_backend="sdpa", graph_batch=2)
-    with pytest.raises(TriptychError, match=r"after the attention of layer 0.*--no-cuda-graphs"):
-        make_rig("gpt_oss", graph_batch=2)
+    rig = make_rig()
+    executor, logits = rig.runner._executor, rig.runner._executor.logits
+    executor.logits = lambda hidden: logits(hidden * (2 if hidden.sum().item() else 1))
+    rig.runner._options = RunnerOptions(graph_batch=2, context_length=256)
+    with pytest.raises(TriptychError, match=r"after the attention of layer 3.*--no-cuda-graphs"):
+        rig.runner.warm_up()
 
 
 def test_graphs_are_for_gpus():
