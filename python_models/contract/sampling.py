@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -15,6 +15,8 @@ MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_SPECULATIVE_TOKENS = 16
 MAX_GRAMMAR_BYTES = 128 * 1024
+# compiling takes time that grows with the square of it, at least
+MAX_SCHEMA_DEPTH = 128
 GRAMMAR_TYPES = ("json_object", "json_schema", "regex", "ebnf")
 
 
@@ -145,10 +147,16 @@ def _schema(value: Any, param: str) -> str:
             raise invalid(f"{param} is not JSON: {error}", param) from None
     if not isinstance(schema, (Mapping, bool)):
         raise invalid(f"{param} must be an object or a boolean, not {check.json_type(schema)}", param)
-    try:
-        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-    except RecursionError:
-        raise invalid(f"{param} is nested too deeply", param) from None
+    depth, level = 0, [schema]
+    while level := [v for item in level if isinstance(item, (Mapping, list)) for v in _inside(item)]:
+        depth += 1
+        if depth > MAX_SCHEMA_DEPTH:
+            raise invalid(f"{param} is nested more than {MAX_SCHEMA_DEPTH} levels deep", param)
+    return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+
+
+def _inside(value: Mapping[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value
 
 
 def _stop(value: Any, param: str) -> tuple[str, ...]:

@@ -97,6 +97,10 @@ def test_request_round_trip() -> None:
         ({"sampling": {"grammar": {"type": "json_object", "value": "x"}}}, "sampling.grammar.value"),
         ({"sampling": {"grammar": {"type": "json_schema", "value": "{"}}}, "sampling.grammar.value"),
         ({"sampling": {"grammar": {"type": "json_schema", "value": [1]}}}, "sampling.grammar.value"),
+        (
+            {"sampling": {"grammar": {"type": "json_schema", "value": '{"items":' * 200 + "{}" + "}" * 200}}},
+            "sampling.grammar.value",
+        ),
         ({"priority": 0.5}, "priority"),
         ({"priority": 2**31}, "priority"),
         ({"cache_salt": 1}, "cache_salt"),
