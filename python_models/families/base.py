@@ -89,6 +89,19 @@ class Decoder:
     bidirectional: frozenset[str] = frozenset()
 
 
+class WeightSource(Protocol):
+    """Weights by their names in transformers' modules, relative to the decoder stack; the head is ``lm_head.weight``.
+
+    The runner's fused decoders take their weights from it.
+    """
+
+    def get(self, name: str, dim: int | None = None, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+        """A weight on its device, or [start, stop) of one of its dimensions; KeyError where there is none."""
+
+    def close(self) -> None:
+        """Everything that is wanted has been taken."""
+
+
 class Preprocessor(Protocol):
     """A family's part of the preprocess stage. Thread-safe: many requests are prepared at once."""
 
@@ -135,3 +148,11 @@ class Family(Protocol):
 
     def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
         """Only the weights of the language model."""
+
+    def open_decoder(self, device: str, dtype: torch.dtype, *, progress: bool) -> tuple[Decoder, WeightSource]:
+        """The language model without its weights, on the meta device, and where slices of them are read from.
+
+        Args:
+            device, dtype: of the slices.
+            progress: show a bar while they are read.
+        """

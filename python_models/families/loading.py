@@ -109,6 +109,26 @@ def load_part(
     return model.eval().requires_grad_(False).to(device)
 
 
+def outline(cls: Any, folder: Path, keep: Callable[[Any], Sequence[str]], dtype: torch.dtype) -> Any:
+    """The model that `load_part` would load, without its weights: on the meta device, but for rotary frequencies.
+
+    Args: as `load_part`.
+    """
+    config = cls.config_class.from_pretrained(folder)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model = _partial_class(cls, keep)(config)
+    finally:
+        torch.set_default_dtype(before)
+    for path, module in list(model.named_modules()):
+        # no checkpoint stores these buffers
+        if getattr(module, "inv_freq", None) is not None:
+            model.set_submodule(path, type(module)(module.config))
+    return model.eval().requires_grad_(False)
+
+
 def _random_part(cls: Any, folder: Path, keep: Callable[[Any], Sequence[str]], device: str, dtype: torch.dtype) -> Any:
     """As `load_part`, with random weights drawn on the device."""
     config = cls.config_class.from_pretrained(folder)

@@ -24,11 +24,12 @@ from ..contract.plan import MediaItem
 from ..contract.request import Message
 from ..contract.settings import Settings
 from ..media.types import Medium, Video
-from .base import Decoder, FrameSampling, Prepared
+from .base import Decoder, FrameSampling, Prepared, WeightSource
 from .checkpoint import Checkpoint
-from .loading import load_part, meta_model, model_class
+from .loading import load_part, meta_model, model_class, outline
 from .prompt import PromptWriter
 from .tower_attention import use_packed_attention
+from .weights import RandomSource, SafetensorsSource
 
 # The values of transformers' mm_token_type_ids.
 TOKEN_TYPES = {"image": 1, "video": 2, "audio": 3}
@@ -275,23 +276,34 @@ class TransformersFamily(ABC):
 
     def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
         """See :meth:`.base.Family.load_decoder`."""
-
-        def keep(model: Any) -> list[str]:
-            # Where the text model lives differs from one version of transformers to the next.
-            text = model.get_decoder()
-            return ["lm_head", *(path for path, module in model.named_modules() if module is text)]
-
-        model = self._load(keep, "language model", device, dtype)
-        text_model, table = model.get_decoder(), model.get_input_embeddings()
+        model = self._load(_keep_decoder, "language model", device, dtype)
+        table = model.get_input_embeddings()
 
         def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
             # Placeholder ids may lie outside the table; their rows are replaced anyway.
             rows: torch.Tensor = table(ids.masked_fill(is_media, 0))
             return rows
 
+        return self._decoder(model, embed)
+
+    def open_decoder(self, device: str, dtype: torch.dtype, *, progress: bool) -> tuple[Decoder, WeightSource]:
+        """See :meth:`.base.Family.open_decoder`."""
+        model = outline(model_class(self.model_class), self.checkpoint.folder, _keep_decoder, dtype)
+        text = _path_of(model, model.get_decoder())
+
+        def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("a decoder without weights cannot embed")
+
+        decoder = self._decoder(model, embed)
+        if self.settings.load_format == "dummy":
+            return decoder, RandomSource(model, text, device, dtype)
+        folder = self.checkpoint.folder
+        return decoder, SafetensorsSource(model, folder, text, device, dtype, progress=progress)
+
+    def _decoder(self, model: Any, embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Decoder:
         tokenizer = _load("AutoTokenizer", "tokenizer", self.checkpoint.folder, self.settings)
         return Decoder(
-            text_model=text_model,
+            text_model=model.get_decoder(),
             lm_head=model.lm_head,
             embed=embed,
             config=model.config.get_text_config(),
@@ -311,6 +323,15 @@ class TransformersFamily(ABC):
             dtype=dtype,
             dummy=self.settings.load_format == "dummy",
         )
+
+
+def _keep_decoder(model: Any) -> list[str]:
+    # Where the text model lives differs from one version of transformers to the next.
+    return ["lm_head", _path_of(model, model.get_decoder())]
+
+
+def _path_of(model: Any, wanted: Any) -> str:
+    return next(str(path) for path, module in model.named_modules() if module is wanted)
 
 
 def context_length(config: Any) -> int:

@@ -25,6 +25,7 @@ from triptych.python_models.language_model.runner.parallel.member import Recipe
 from triptych.python_models.language_model.runner.parallel.runner import ParallelRunner
 from triptych.python_models.language_model.runner.parallel.wire import pack, unpack
 from triptych.python_models.language_model.runner.step import MediaRows, Slice
+from triptych.python_models.language_model.sizing import CPU_BYTES
 
 MakeGroup = Callable[..., ParallelRunner]
 
@@ -114,7 +115,7 @@ def test_ranks_answer_like_one(make_group: MakeGroup, faults: list[TriptychError
     again = [[piece([3], 5, [3, 9], slot=1)]]
     assert tokens(group, again) == tokens(one, again) != tokens(one, [[piece([3], 5, [3, 10], slot=1)]])
     group.warm_up(7)
-    assert group.memory() == (0, 0)
+    assert group.memory() == (CPU_BYTES, CPU_BYTES)
     # an error that all ranks have at the same place ends nothing
     for _ in range(2):
         with pytest.raises(ValueError, match="refuses 1001"):

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from ....contract.errors import TriptychError
+from ...sizing import device_memory
 from ..step import KVGroup, MediaRows, Slice
 from .group import Group, refuse_second_group
 from .member import Member, RankRunner, Recipe
 from .watch import Watch
 from .wire import Kind, frame, json_frame, pack
-from .worker import memory
 
 logger = logging.getLogger(__name__)
 
@@ -100,9 +100,9 @@ class ParallelRunner:
         return [peer.process.pid for peer in self._watch.peers]
 
     def memory(self) -> tuple[int, int]:
-        """(free, total) bytes of the GPU that has the least free."""
+        """(free, total) bytes of the device that has the least free; see ``sizing.kv_blocks``."""
         others: list[tuple[int, int]] = []
-        own: tuple[int, int] = self._on_all("memory", lambda: memory(self._device), collect=others)
+        own: tuple[int, int] = self._on_all("memory", lambda: device_memory(str(self._device)), collect=others)
         return min([own, *((free, total) for free, total in others)])
 
     def allocate(self, num_blocks: Sequence[int]) -> None:

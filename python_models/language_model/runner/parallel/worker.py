@@ -20,6 +20,7 @@ import torch
 
 from ....contract.errors import ErrorKind, TriptychError
 from ....process import end_with_parent
+from ...sizing import device_memory
 from .board import Board
 from .group import Group
 from .member import Member, RankRunner, Recipe
@@ -161,7 +162,7 @@ class _Worker:
         return list(self._built.bytes_per_token)
 
     def _memory(self) -> list[int]:
-        return list(memory(self._device))
+        return list(device_memory(self._told["device"]))
 
     def _send(self, message: bytes) -> None:
         self._connection.settimeout(None)
@@ -169,15 +170,6 @@ class _Worker:
             self._connection.sendall(message)
         finally:
             self._connection.settimeout(_POLL_S)
-
-
-def memory(device: torch.device) -> tuple[int, int]:
-    """Free and total bytes of a GPU; zeros for a CPU."""
-    if device.type != "cuda":
-        return 0, 0
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return free, total
 
 
 def _text(error: Exception) -> str:
