@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from triptych.python_models.language_model.runner.executor import Deepstack
-from triptych.python_models.language_model.runner.fused import FusedDecoder, build
+from triptych.python_models.language_model.runner.fused import FusedDecoder, build, decoder
 from triptych.python_models.language_model.runner.fused.decoder import FEW_ROWS
 
 from .conftest import FAMILIES
@@ -36,7 +36,10 @@ def run(fused, context, ids, position_ids, cuts):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prefill_chunk_and_decode(make_tiny, context, name):
+@pytest.mark.parametrize("one_kernel", [False, True])
+def test_prefill_chunk_and_decode(make_tiny, context, monkeypatch, name, one_kernel):
+    # whether linears of few rows take the residual with them, as where they are kernels of their own
+    monkeypatch.setattr(decoder, "fits", lambda *_: one_kernel)
     tiny = make_tiny(name)
     ids, position_ids = tiny.prompt(21 + FEW_ROWS + 7 + 3)
     expected = tiny.logits(tiny.reference.embed(ids, ids < 0), position_ids)
@@ -65,7 +68,9 @@ def test_modules_share_the_fused_weights_and_still_work(make_tiny, name):
         assert torch.equal(parameter, before[key]), key
 
 
-def test_deepstack_rows_follow_the_first_layers(make_tiny, context):
+@pytest.mark.parametrize("one_kernel", [False, True])
+def test_deepstack_rows_follow_the_first_layers(make_tiny, context, monkeypatch, one_kernel):
+    monkeypatch.setattr(decoder, "fits", lambda *_: one_kernel)
     tiny = make_tiny("qwen3_vl")
     fused = made(tiny)
     for length in (30, FEW_ROWS + 30):

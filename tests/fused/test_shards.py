@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from triptych.python_models.language_model.runner.fused import FusedDecoder, ModuleSource, Shard, build
+from triptych.python_models.language_model.runner.fused import FusedDecoder, ModuleSource, Shard, build, decoder
+from triptych.python_models.language_model.runner.fused import spec as specs
 from triptych.python_models.language_model.runner.fused.decoder import FEW_ROWS
 from triptych.python_models.language_model.runner.fused.verify import DenseContext
 
@@ -74,9 +76,11 @@ def ask(made, ids, position_ids, cuts):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_two_ranks(make_tiny, name):
+@pytest.mark.parametrize("one_kernel", [False, True])
+def test_two_ranks(make_tiny, monkeypatch, name, one_kernel):
     if name == "qwen3":
         pytest.skip("five heads")
+    monkeypatch.setattr(decoder, "fits", lambda *_: one_kernel)
     tiny = make_tiny(name)
     ids, position_ids = tiny.prompt(FEW_ROWS + 20)
     expected = tiny.logits(tiny.reference.embed(ids, ids < 0), position_ids)
@@ -92,8 +96,8 @@ def test_more_ranks_than_key_heads_and_a_vocabulary_that_does_not_divide(make_ti
     tiny = make_tiny("qwen3")
     # 5 ranks share one key head; 303 rows of the head are 61 for each but the last
     ids, position_ids = tiny.prompt(23)
-    decoder = make_decoder("qwen3", intermediate_size=65)
-    reference = tiny.__class__(decoder, make_decoder("qwen3", intermediate_size=65))
+    options = {"intermediate_size": 65}
+    reference = tiny.__class__(make_decoder("qwen3", **options), make_decoder("qwen3", **options))
     expected = reference.logits(reference.reference.embed(ids, ids < 0), position_ids)
     group, made = shards(reference, 5)
     assert {fused.layers[0].key for fused in made} == {(1, 16)}
@@ -185,3 +189,15 @@ def test_parts_cover_everything_once():
     assert [Shard(rank, 8).kv_heads(4) for rank in range(8)] == [(i, i + 1) for i in (0, 0, 1, 1, 2, 2, 3, 3)]
     with pytest.raises(ValueError, match="rank 2"):
         Shard(2, 2)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_decoder_without_weights_is_rehearsed_on_a_small_copy(make_tiny, monkeypatch, name):
+    tiny = make_tiny(name)
+    options = (Shard(0, 1), None, ModuleSource(tiny.decoder.text_model, tiny.decoder.lm_head))
+    assert isinstance(build(tiny.decoder, *options), FusedDecoder)
+    right = specs.RULES[tiny.decoder.config.model_type]
+    wrong = dataclasses.replace(right, interleaved=not right.interleaved)
+    monkeypatch.setattr(specs, "RULES", {tiny.decoder.config.model_type: wrong})
+    assert str(build(tiny.decoder, *options)).startswith("layer 0 differs by")
+    assert isinstance(build(tiny.decoder, *options, check=False), FusedDecoder)

@@ -1,6 +1,6 @@
 """Decoders of the common dense and mixture-of-experts families with fused weights, for speed."""
 
-from .builder import build, random_weights
+from .builder import build, random_decoder, random_weights
 from .decoder import FusedDecoder
 from .shard import Alone, Collectives, Shard
 from .source import ModuleSource, WeightSource
@@ -13,5 +13,6 @@ __all__ = [
     "Shard",
     "WeightSource",
     "build",
+    "random_decoder",
     "random_weights",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import nn
 
 from ..executor import DecoderModel
 from .decoder import FusedDecoder
+from .rehearsal import RandomDecoder, draw, small_copy
 from .shard import Collectives, Shard
 from .source import ModuleSource, WeightSource
 from .spec import UnfitError, read_spec
@@ -36,8 +35,8 @@ def build(
         shard: this process's part; None is everything.
         collectives: needed where ``shard`` is one of several.
         source: where weights come from.
-        check: compare every layer with transformers' before it may serve. Where the modules have no weights, or this
-            is one shard of several, there is nothing to compare with.
+        check: compare every layer with transformers' before it may serve; where the modules have no weights, or this
+            is one shard of several, the layers of a small copy of the decoder.
     """
     shard = shard or Shard()
     modules = ModuleSource(decoder.text_model, decoder.lm_head)
@@ -57,32 +56,21 @@ def build(
             )
     except UnfitError as unfit:
         return str(unfit)
-    if check and source is None and shard.size == 1:
+    if not check:
+        return fused
+    if source is None and shard.size == 1:
         return difference(decoder, fused) or fused
-    return fused
+    small = small_copy(decoder, spec, fused.device, fused.dtype)
+    rehearsed = build(small)
+    return rehearsed if isinstance(rehearsed, str) else fused
 
 
-@dataclass(frozen=True)
-class _Random:
-    """A :class:`DecoderModel` without a checkpoint."""
-
-    text_model: nn.Module
-    lm_head: nn.Module
-    embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    config: Any
-    num_axes: int
-
-
-def random_weights(config: Any, device: str, dtype: torch.dtype, *, check: bool = False) -> FusedDecoder:
-    """A fused decoder with random weights, drawn on the device: for benchmarks.
+def random_decoder(config: Any, device: str, dtype: torch.dtype) -> RandomDecoder:
+    """transformers' decoder with random weights, drawn on the device: for benchmarks.
 
     Args:
         config: transformers' text config, such as ``Qwen2Config(...)``.
         device, dtype: of the weights.
-        check: as in :func:`build`.
-
-    Raises:
-        ValueError: there are no fused layers for this config; says why.
     """
     import transformers
 
@@ -91,20 +79,22 @@ def random_weights(config: Any, device: str, dtype: torch.dtype, *, check: bool 
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model: Any = auto.from_config(config)
-            head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            model = auto.from_config(config).eval().requires_grad_(False)
+            head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
-    table = model.get_input_embeddings()
+    draw(model)
     axes = 3 if (config.rope_parameters or {}).get("mrope_section") else 1
+    return RandomDecoder(model, head, config, axes)
 
-    def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
-        rows: torch.Tensor = table(ids.masked_fill(is_media, 0))
-        return rows
 
-    head.requires_grad_(False)
-    decoder = _Random(model.eval().requires_grad_(False), head, embed, config, axes)
-    fused = build(decoder, check=check)
+def random_weights(config: Any, device: str, dtype: torch.dtype, *, check: bool = False) -> FusedDecoder:
+    """A fused decoder with random weights, see :func:`random_decoder`.
+
+    Raises:
+        ValueError: there are no fused layers for this config; says why.
+    """
+    fused = build(random_decoder(config, device, dtype), check=check)
     if isinstance(fused, str):
         raise ValueError(fused)
     return fused

@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
+from .....kernels.linear import fits, linear
 from .....kernels.norm import rms_norm
 from .....kernels.rope import rope_table
 from ..context import AttentionContext, Rope
 from ..executor import Deepstack, LayerShape
-from .ops import experts, linear, route
+from .ops import experts, route
 from .shard import Alone, Collectives, Shard
 from .spec import DecoderSpec, RopeSpec
 from .weights import Head, Layer, Linear, Mlp, Moe
 
 FEW_ROWS = 64
-"""Up to so many rows norms and residual additions belong into the linears, whose weights take all the time. Beyond,
-the addition goes with the next norm, one pass over the rows instead of two."""
+"""Beyond so many rows no linear is a kernel of its own."""
 
 
 class FusedDecoder:
@@ -45,6 +45,7 @@ class FusedDecoder:
         self._norm = norm
         self._head = head.rows
         self._alone = shard.size == 1
+        self._plain_residual = spec.residual_scale == 1
         # the residual is added by one rank, before the sum over all
         self._adds_residual = shard.rank == 0
         self._collectives = collectives or Alone()
@@ -55,6 +56,7 @@ class FusedDecoder:
         }
         # rounded as transformers rounds it
         self._embed_scale = torch.tensor(spec.embed_scale, device=device).to(table.dtype)
+        self.device = device
         self.dtype = table.dtype
         self.layers = tuple(_shape(layer) for layer in self._layers)
 
@@ -116,18 +118,17 @@ class FusedDecoder:
         None."""
         spec, layer = self._spec, self._layers[index]
         attention = layer.attention
-        few = len(x) <= FEW_ROWS
         qkv, x = self._norm_linear(x, rest, layer.input_norm, attention.qkv)
         rope = None if attention.rope is None else ropes[attention.rope]
         query = context.rotate_and_store(index, qkv, attention.heads, rope, attention.head_norm)
         seen = context.attend_stored(index, query, attention.how).flatten(1)
-        x, rest = self._add(x, seen, attention.o, layer.post_attention_norm, few)
+        x, rest = self._add(x, seen, attention.o, layer.post_attention_norm)
         if isinstance(layer.mlp, Moe):
             normed, x = self._normed(x, rest, layer.mlp_norm)
             rest = self._collectives.all_reduce(self._moe(normed, layer.mlp))
             return x, self._scaled(rest, layer.post_mlp_norm)
         inner, x = self._norm_linear(x, rest, layer.mlp_norm, layer.mlp.gate_up, spec.activation)
-        return self._add(x, inner, layer.mlp.down, layer.post_mlp_norm, few)
+        return self._add(x, inner, layer.mlp.down, layer.post_mlp_norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """See :class:`~..executor.Executor`."""
@@ -160,10 +161,12 @@ class FusedDecoder:
         return linear(normed, into.weight, bias=into.bias, gate=gate), x
 
     def _add(
-        self, x: torch.Tensor, inner: torch.Tensor, out: Linear, post_norm: torch.Tensor | None, few: bool
+        self, x: torch.Tensor, inner: torch.Tensor, out: Linear, post_norm: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``x`` plus a linear of ``inner``, in two parts of which the second may be None."""
-        if few and post_norm is None and self._spec.residual_scale == 1:
+        # where the linear is a kernel of its own the addition costs nothing in it; else it goes with the next norm,
+        # one pass over the rows instead of two
+        if post_norm is None and self._plain_residual and _is_kernel(inner, out.weight):
             residual = x if self._adds_residual else None
             x = linear(inner, out.weight, bias=out.bias, residual=residual)
             return (x if self._alone else self._collectives.all_reduce(x)), None
@@ -209,6 +212,11 @@ class FusedDecoder:
     def _mlp(self, normed: torch.Tensor, mlp: Mlp, residual: torch.Tensor | None) -> torch.Tensor:
         inner = linear(normed, mlp.gate_up.weight, bias=mlp.gate_up.bias, gate=self._spec.activation)
         return linear(inner, mlp.down.weight, bias=mlp.down.bias, residual=residual)
+
+
+def _is_kernel(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether ``linear`` does everything in one kernel for this input."""
+    return len(x) <= FEW_ROWS and fits(len(x), weight.shape[0], weight.shape[1], x.dtype, x.device)
 
 
 def _shape(layer: Layer) -> LayerShape:
