@@ -8,22 +8,11 @@ import torch
 
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.settings import Settings
+from .runner.memory import device_memory
 from .runner.step import KVGroup
-
-CPU_BYTES = 2**30
-"""Of main memory, where ``kv_cache_tokens`` is not given."""
 
 _PREFIX_SHARE = 1.5
 """Blocks of a window group over what running requests can use: the rest keeps the ends of finished prompts."""
-
-
-def device_memory(device: str) -> tuple[int, int]:
-    """(free, total) bytes; on a CPU `CPU_BYTES` are all there is to take."""
-    if torch.device(device).type != "cuda":
-        return CPU_BYTES, CPU_BYTES
-    # what torch holds in reserve counts as free
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)
 
 
 def kv_blocks(
@@ -37,9 +26,10 @@ def kv_blocks(
     """Blocks of ``settings.block_size`` tokens for each group of layers.
 
     A group without a window gets ``kv_cache_tokens`` where given; else what memory allows (on a GPU
-    ``mem_fraction_static`` of all of it, less what is in use already, weights among it; on a CPU `CPU_BYTES`), but
-    never more than ``max_running_requests`` requests of full length can use. A group with a window gets what its
-    running requests can see and one step can add, and some more for the prefix cache; never more than the others.
+    ``mem_fraction_static`` of all of it, less what is in use already, weights among it; on a CPU
+    `runner.memory.CPU_BYTES`), but never more than ``max_running_requests`` requests of full length can use. A group
+    with a window gets what its running requests can see and one step can add, and some more for the prefix cache;
+    never more than the others.
 
     Args:
         settings: of the deployment.

@@ -11,8 +11,9 @@ from triptych.python_models.contract.plan import MediaItem, Plan
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import LANGUAGE_MODEL
 from triptych.python_models.language_model.runner.executor import make_executor
+from triptych.python_models.language_model.runner.memory import CPU_BYTES
 from triptych.python_models.language_model.runner.step import KVGroup
-from triptych.python_models.language_model.sizing import CPU_BYTES, kv_blocks
+from triptych.python_models.language_model.sizing import kv_blocks
 from triptych.python_models.language_model.stage import LanguageModelStage
 
 ITEM = MediaItem("image", "d", ((2, 6),), "vision")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ....contract.errors import TriptychError
-from ...sizing import device_memory
+from ..memory import device_memory
 from ..step import KVGroup, MediaRows, Slice
 from .group import Group, refuse_second_group
 from .member import Member, RankRunner, Recipe

@@ -20,7 +20,7 @@ import torch
 
 from ....contract.errors import ErrorKind, TriptychError
 from ....process import end_with_parent
-from ...sizing import device_memory
+from ..memory import device_memory
 from .board import Board
 from .group import Group
 from .member import Member, RankRunner, Recipe
