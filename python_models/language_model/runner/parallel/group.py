@@ -101,9 +101,10 @@ class Group:
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See :class:`~..fused.shard.Collectives`."""
         self.num_calls += 1
-        out = tensor.new_empty(self.size, *tensor.shape)
+        # gloo wants the parts one after the other along the first dimension
+        out = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
         dist.all_gather_into_tensor(out, tensor.contiguous())
-        return out.movedim(0, -2).reshape(*tensor.shape[:-1], -1)
+        return out.view(self.size, *tensor.shape).movedim(0, -2).reshape(*tensor.shape[:-1], -1)
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Give rank 0's tensor to all, in place."""
