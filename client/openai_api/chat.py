@@ -66,7 +66,7 @@ class _Run:
         self._generation = service.begin(call.request, call.media)
         self._service = service
         self._ticket = ticket
-        self._token_limit = call.token_limit
+        self._names = call.names
         self._stream = call.request.stream
         self._arrival = arrival
         self._saw_text = False
@@ -76,6 +76,7 @@ class _Run:
             service.options.served_model_name,
             service.fingerprint,
             call.include_usage,
+            call.request.sampling.n,
         )
         self._watch = asyncio.create_task(_until_gone(request, self._generation, service))
 
@@ -86,7 +87,7 @@ class _Run:
             self._ticket.release_bytes()
             if self._stream:
                 return sse.EventStream(self._events(deltas), self._close)
-            while not deltas[-1].finish_reason:
+            while sum(bool(delta.finish_reason) for delta in deltas) < self._completion.n:
                 deltas += await self._next()
             body = self._completion.whole(deltas)
         except BaseException:
@@ -97,14 +98,17 @@ class _Run:
 
     async def _events(self, deltas: list[Delta]) -> AsyncGenerator[bytes, None]:
         try:
-            yield self._completion.first_chunk()
+            yield self._completion.first_chunks()
+            num_open = self._completion.n
             while True:
-                if data := b"".join(self._completion.chunks(delta) for delta in deltas):
-                    yield data
-                if deltas[-1].finish_reason:
+                data = b"".join(self._completion.chunks(delta) for delta in deltas)
+                num_open -= sum(bool(delta.finish_reason) for delta in deltas)
+                if not num_open:
                     break
+                if data:
+                    yield data
                 deltas = await self._next()
-            yield sse.DONE
+            yield data + self._completion.end(deltas)
         except TriptychError as error:
             yield sse.error_event(error)
 
@@ -113,7 +117,7 @@ class _Run:
             deltas = await self._generation.next()
         except TriptychError as error:
             self._service.note(error)
-            raise in_openai_words(error, self._token_limit) from None
+            raise in_openai_words(error, self._names) from None
         if not self._saw_text and any(delta.token_ids for delta in deltas):
             self._saw_text = True
             self._service.metrics.first_token.observe(time.perf_counter() - self._arrival)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request
@@ -14,19 +15,24 @@ from triptych.python_models.contract.errors import ErrorKind, TriptychError
 RETRY_AFTER_S = 2
 
 _SAMPLING = re.compile(r"\bsampling\.(?=[a-z])")
+# "grammar" is a plain word too, so only where a message begins with it.
+_FIELDS = {"max_tokens": r"\bmax_tokens\b", "grammar": r"^grammar(\.value)?\b"}
 _HTTP_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
 
-def in_openai_words(error: TriptychError, token_limit: str = "max_tokens") -> TriptychError:
+def in_openai_words(error: TriptychError, names: Mapping[str, str] | None = None) -> TriptychError:
     """The error with the names a caller of the OpenAI API knows instead of the contract's.
 
     Args:
         error: as a stage reported it, for example with param ``sampling.temperature``.
-        token_limit: how the request named its limit, ``max_tokens`` or ``max_completion_tokens``.
+        names: what the request calls ``max_tokens`` (for example ``max_completion_tokens``) and ``grammar``.
     """
 
     def rename(text: str) -> str:
-        return re.sub(r"\bmax_tokens\b", token_limit, _SAMPLING.sub("", text))
+        text = _SAMPLING.sub("", text)
+        for ours, theirs in (names or {}).items():
+            text = re.sub(_FIELDS[ours], theirs, text)
+        return text
 
     param = rename(error.param) if error.param else None
     return TriptychError(error.kind, rename(error.message), param, error.stage)

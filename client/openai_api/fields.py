@@ -9,17 +9,20 @@ from typing import Any
 
 from triptych.python_models.contract import _check as check
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
-from triptych.python_models.contract.request import ChatRequest
+from triptych.python_models.contract.request import ChatRequest, cache_salt, priority
 from triptych.python_models.contract.sampling import SamplingParams
 
 from . import parts
+from .errors import in_openai_words
 
 # Answers to the name that SGLang's clients send when they do not care which model it is.
 ANY_MODEL = "default"
 
-_SAMPLING = frozenset(f.name for f in fields(SamplingParams)) - {"max_tokens"}
+_SAMPLING = frozenset(f.name for f in fields(SamplingParams)) - {"max_tokens", "grammar"}
+# What the text must look like; the last two are SGLang's names.
+_GRAMMARS = ("response_format", "regex", "ebnf")
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
-_OWN = ("model", "messages", "stream", "stream_options", *_TOKEN_LIMITS)
+_OWN = ("model", "messages", "stream", "stream_options", "priority", "cache_salt", *_GRAMMARS, *_TOKEN_LIMITS)
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,13 @@ class ChatCall:
         request: what goes to the ensemble (lease not yet set).
         media: its blobs.
         include_usage: send a usage chunk at the end of the stream.
-        token_limit: how the body named its token limit, for error messages.
+        names: what the body calls fields of the contract that have other names there, for error messages.
     """
 
     request: ChatRequest
     media: tuple[bytes, ...]
     include_usage: bool
-    token_limit: str
+    names: Mapping[str, str]
 
 
 def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
@@ -58,11 +61,18 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
             rule(data[name], name)
     stream = _optional_boolean(data, "stream")
     include_usage = _include_usage(data, stream)
-    sampling, token_limit = _sampling(data)
+    sampling, names = _sampling(data)
     blobs: list[bytes] = []
     messages = parts.messages(data.get("messages"), blobs)
-    request = ChatRequest(messages, sampling, stream, lease_s)
-    return ChatCall(request, tuple(blobs), include_usage, token_limit)
+    request = ChatRequest(
+        messages,
+        sampling,
+        stream,
+        lease_s,
+        priority=0 if data.get("priority") is None else priority(data["priority"]),
+        cache_salt="" if data.get("cache_salt") is None else parts.text(cache_salt(data["cache_salt"]), "cache_salt"),
+    )
+    return ChatCall(request, tuple(blobs), include_usage, names)
 
 
 def _object(body: bytes) -> Mapping[str, Any]:
@@ -98,7 +108,7 @@ def _include_usage(data: Mapping[str, Any], stream: bool) -> bool:
     return _optional_boolean(options, "include_usage", "stream_options")
 
 
-def _sampling(data: Mapping[str, Any]) -> tuple[SamplingParams, str]:
+def _sampling(data: Mapping[str, Any]) -> tuple[SamplingParams, Mapping[str, str]]:
     given = {name: data[name] for name in _SAMPLING if data.get(name) is not None}
     # OpenAI's newer name wins where both are given, as in its own API.
     limit = next((name for name in _TOKEN_LIMITS if data.get(name) is not None), "max_tokens")
@@ -109,7 +119,50 @@ def _sampling(data: Mapping[str, Any]) -> tuple[SamplingParams, str]:
     for item in given["stop"] if isinstance(given.get("stop"), list) else [given.get("stop")]:
         if isinstance(item, str):
             parts.text(item, "stop")
-    return SamplingParams.from_json(given, ""), limit
+    names = {"max_tokens": limit}
+    if (grammar := _grammar(data)) is not None:
+        names["grammar"], given["grammar"] = grammar
+    try:
+        params = SamplingParams.from_json(given, "")
+        if params.grammar is not None:
+            parts.text(params.grammar.value, "grammar")
+    except TriptychError as error:
+        raise in_openai_words(error, names) from None
+    return params, names
+
+
+def _grammar(data: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """(field that names it, the contract's ``grammar``), or None where the text is free."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    if data.get("response_format") is not None and (form := _response_format(data["response_format"])) is not None:
+        found["response_format"] = form
+    for name in ("regex", "ebnf"):
+        if data.get(name) is not None:
+            found[name] = name, {"type": name, "value": data[name]}
+    if len(found) > 1:
+        raise invalid(f"only one of {', '.join(found)} is allowed", list(found)[1])
+    return next(iter(found.values()), None)
+
+
+def _response_format(value: Any) -> tuple[str, dict[str, Any]] | None:
+    where = "response_format"
+    data = check.mapping(value, where)
+    kind = data.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise invalid(f"{where}.type must be one of text, json_object, json_schema, got {kind!r}", f"{where}.type")
+    check.known_keys(data, ("type", "json_schema") if kind == "json_schema" else ("type",), where)
+    if kind != "json_schema":
+        return (where, {"type": kind}) if kind == "json_object" else None
+    where = f"{where}.json_schema"
+    form = check.mapping(data.get("json_schema"), where)
+    check.known_keys(form, ("name", "description", "schema", "strict"), where)
+    for name in ("name", "description"):
+        if form.get(name) is not None:
+            check.string(form[name], f"{where}.{name}")
+    # a schema is always kept to, strict or not
+    _optional_boolean(form, "strict", where)
+    schema = check.mapping(form.get("schema"), f"{where}.schema")
+    return f"{where}.schema", {"type": "json_schema", "value": schema}
 
 
 def _optional_boolean(data: Mapping[str, Any], name: str, where: str = "") -> bool:
@@ -133,11 +186,6 @@ def _only(*allowed: Any) -> Callable[[Any, str], None]:
     return rule
 
 
-def _text_format(value: Any, field: str) -> None:
-    if dict(check.mapping(value, field)) != {"type": "text"}:
-        raise _unsupported(field, '{"type": "text"}')
-
-
 # Fields of OpenAI's schema without effect here: any value of the right type, or only the one that asks for nothing.
 _NEUTRAL: dict[str, Callable[[Any, str], Any]] = {
     "audio": _only(),
@@ -145,13 +193,11 @@ _NEUTRAL: dict[str, Callable[[Any, str], Any]] = {
     "functions": _only([]),
     "metadata": check.mapping,
     "modalities": _only(["text"]),
-    "n": _only(1),
     "parallel_tool_calls": check.boolean,
     "prediction": check.mapping,
     "prompt_cache_key": check.string,
     "prompt_cache_retention": check.string,
     "reasoning_effort": _only("none"),
-    "response_format": _text_format,
     "safety_identifier": check.string,
     "service_tier": _only("auto", "default"),
     "store": _only(False),

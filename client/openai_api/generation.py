@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from triptych.client.sdk import wire
-from triptych.python_models.contract.delta import Delta
+from triptych.python_models.contract.delta import Delta, put
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.tensors import ENSEMBLES
 
@@ -24,10 +24,13 @@ _CANCEL_PAUSES_S = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
 class Generation:
     """Reads one ensemble request's answers as fast as they come, whatever the HTTP client's pace.
 
+    What the client has not taken yet is kept as one delta per choice.
+
     Args:
         triton: the server.
         request_id: unique among running requests.
         message: the ``ModelInferRequest``.
+        num_choices: answers that it asks for.
         start_limit_s: seconds until the engine must have accepted the request.
         silence_limit_s: seconds between two signs of life from then on.
         on_end: called once when nothing more will be read.
@@ -38,6 +41,7 @@ class Generation:
         triton: Triton,
         request_id: str,
         message: Any,
+        num_choices: int,
         start_limit_s: float,
         silence_limit_s: float,
         on_end: Callable[[Generation], None],
@@ -50,29 +54,28 @@ class Generation:
         self._start_limit_s = start_limit_s
         self._deadline = time.monotonic() + start_limit_s
         self._on_end = on_end
-        self._items: asyncio.Queue[Delta | TriptychError] = asyncio.Queue()
+        self._waiting: dict[int, Delta] = {}
+        self._error: TriptychError | None = None
+        self._news = asyncio.Event()
+        self._num_open = num_choices
         self._finished = False
         self._reader = asyncio.create_task(self._read(message), name=f"read-{request_id}")
 
     async def next(self) -> list[Delta]:
-        """The deltas that came since the last call, at least one.
+        """What came since the last call: at least one delta, at most one of each choice.
 
         Raises:
             TriptychError: how the request failed, CANCELLED after :meth:`cancel`.
         """
-        found: list[Delta] = []
-        item = await self._items.get()
-        while True:
-            if isinstance(item, TriptychError):
-                if found:
-                    # The deltas before the error still count.
-                    self._items.put_nowait(item)
-                    return found
-                raise item
-            found.append(item)
-            if self._items.empty():
-                return found
-            item = self._items.get_nowait()
+        await self._news.wait()
+        # The deltas before an error still count.
+        if not self._waiting and self._error is not None:
+            raise self._error
+        found = list(self._waiting.values())
+        self._waiting.clear()
+        if self._error is None:
+            self._news.clear()
+        return found
 
     def overdue(self, now: float) -> TriptychError | None:
         """The error to fail it with where it has been silent for too long."""
@@ -122,8 +125,11 @@ class Generation:
                 delta = wire.delta_of(response)
                 if delta is None or self._finished:
                     continue
-                self._items.put_nowait(delta)
+                put(self._waiting, delta)
+                self._news.set()
                 if delta.finish_reason:
+                    self._num_open -= 1
+                if not self._num_open:
                     self._finished = True
                     self._on_end(self)
             self._end(TriptychError(ErrorKind.STAGE_FAILED, "the answer ended without a finish reason"))
@@ -136,5 +142,6 @@ class Generation:
     def _end(self, error: TriptychError) -> None:
         if not self._finished:
             self._finished = True
-            self._items.put_nowait(error)
+            self._error = error
+            self._news.set()
             self._on_end(self)

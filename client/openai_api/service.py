@@ -108,6 +108,7 @@ class Service:
             self._triton,
             request_id,
             wire.chat_message(request_id, request, media),
+            request.sampling.n,
             start_limit_s=self.settings.mm_per_request_timeout + self.options.queue_allowance_s,
             silence_limit_s=max(10.0, 4 * self.settings.heartbeat_s),
             on_end=self._forget,

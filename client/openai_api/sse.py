@@ -7,12 +7,13 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
+from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage, put
 from triptych.python_models.contract.errors import TriptychError
 
 from .errors import body_of
@@ -21,6 +22,7 @@ log = logging.getLogger("triptych.shim")
 
 WRITE_LIMIT_S = 60.0
 DONE = b"data: [DONE]\n\n"
+_DELTA = b',"delta":{"content":'
 
 
 class EventStream(Response):
@@ -76,6 +78,7 @@ class Completion:
         model: the served model's name.
         fingerprint: of this deployment.
         include_usage: whether a usage chunk ends the stream.
+        n: number of choices.
     """
 
     id: str
@@ -83,35 +86,45 @@ class Completion:
     model: str
     fingerprint: str
     include_usage: bool = False
+    n: int = 1
 
-    def first_chunk(self) -> bytes:
-        """The chunk that names the role."""
-        return self._chunk([self._choice({"role": "assistant", "content": ""})])
+    def first_chunks(self) -> bytes:
+        """The chunks that name the role of each choice."""
+        role = {"role": "assistant", "content": ""}
+        return b"".join(self._chunk([self._choice(index, role)]) for index in range(self.n))
 
     def chunks(self, delta: Delta) -> bytes:
-        """The chunks of one delta: its text, then the finish reason and the usage where it ends the answer."""
+        """The chunks of one delta: its text, then the finish reason where it ends its choice."""
+        if not delta.finish_reason and not delta.logprobs:
+            return self._text_chunk(delta.index, delta.text) if delta.text else b""
         out = b""
         if delta.text or delta.logprobs:
-            out += self._chunk([self._choice({"content": delta.text}, logprobs(delta.logprobs))])
+            out += self._chunk([self._choice(delta.index, {"content": delta.text}, logprobs(delta.logprobs))])
         if delta.finish_reason:
-            out += self._chunk([self._choice({}, None, delta.finish_reason, delta.matched_stop)])
-            if self.include_usage:
-                out += self._chunk([], usage(delta.usage or Usage()))
+            out += self._chunk([self._choice(delta.index, {}, None, delta.finish_reason, delta.matched_stop)])
         return out
+
+    def end(self, deltas: Iterable[Delta]) -> bytes:
+        """What follows the end of the last choice: the usage, where asked for, and the end of the stream."""
+        return (self._chunk([], usage(_total(deltas))) if self.include_usage else b"") + DONE
 
     def whole(self, deltas: Iterable[Delta]) -> dict[str, Any]:
         """The completion of a request that does not stream."""
         taken = list(deltas)
-        last = taken[-1]
-        found = tuple(item for delta in taken for item in delta.logprobs)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": "".join(delta.text for delta in taken), "refusal": None},
-            "logprobs": logprobs(found),
-            "finish_reason": last.finish_reason,
-            "matched_stop": last.matched_stop,
-        }
-        return self._head("chat.completion") | {"choices": [choice], "usage": usage(last.usage or Usage())}
+        whole: dict[int, Delta] = {}
+        for delta in taken:
+            put(whole, delta)
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": logprobs(choice.logprobs),
+                "finish_reason": choice.finish_reason,
+                "matched_stop": choice.matched_stop,
+            }
+            for index, choice in sorted(whole.items())
+        ]
+        return self._head("chat.completion") | {"choices": choices, "usage": usage(_total(taken))}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -122,14 +135,26 @@ class Completion:
             "system_fingerprint": self.fingerprint,
         }
 
+    def _text_chunk(self, index: int, text: str) -> bytes:
+        """As :meth:`_chunk` would write it: nearly every chunk is of this form, and most of it is always the same."""
+        before, after = self._around
+        return b"%s%d%s%s%s" % (before, index, _DELTA, json.dumps(text, ensure_ascii=False).encode(), after)
+
+    @cached_property
+    def _around(self) -> tuple[bytes, bytes]:
+        """A chunk of text, but for its choice and its text."""
+        before, after = self._chunk([self._choice(0, {"content": ""})]).split(b"0" + _DELTA + b'""')
+        return before, after
+
     def _choice(
         self,
+        index: int,
         delta: dict[str, Any],
         found: dict[str, Any] | None = None,
         finish_reason: str | None = None,
         matched_stop: str | int | None = None,
     ) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": found, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": found, "finish_reason": finish_reason}
         return choice | {"matched_stop": matched_stop} if finish_reason else choice
 
     def _chunk(self, choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> bytes:
@@ -137,6 +162,11 @@ class Completion:
         if self.include_usage:
             data["usage"] = total
         return event(data)
+
+
+def _total(deltas: Iterable[Delta]) -> Usage:
+    """Usage counts all choices so far, so the largest is that of all."""
+    return max((delta.usage for delta in deltas if delta.usage), key=lambda u: u.completion_tokens, default=Usage())
 
 
 def event(data: dict[str, Any]) -> bytes:

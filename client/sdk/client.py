@@ -59,6 +59,8 @@ class Client:
         *,
         stream: bool = True,
         timeout_s: float | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
         **sampling: Any,
     ) -> ChatStream:
         """Ask for an answer.
@@ -69,15 +71,19 @@ class Client:
             media: encoded media (PNG, MP4, WAV ...) that the parts name by index.
             stream: deltas as they come; else one with the whole answer (and heartbeats before it).
             timeout_s: end the request after this long in any case.
-            sampling: fields of :class:`~triptych.python_models.contract.sampling.SamplingParams`.
+            priority, cache_salt: see :class:`~triptych.python_models.contract.request.ChatRequest`.
+            sampling: fields of :class:`~triptych.python_models.contract.sampling.SamplingParams` as JSON values, for
+                example ``grammar={"type": "regex", "value": "yes|no"}``.
 
         Returns:
-            An iterator of deltas; closing or dropping it cancels the generation.
+            An iterator of deltas, each of the choice that its ``index`` names; closing or dropping it cancels the
+            generation.
 
         Raises:
             TriptychError: a field that is not allowed; from the iterator, whatever the server reports.
         """
         data = {"messages": list(messages), "sampling": sampling, "stream": stream, "lease_s": self._lease_s}
+        data |= {"priority": priority, "cache_salt": cache_salt}
         if timeout_s is not None:
             data["timeout_s"] = timeout_s
         request = ChatRequest.from_json(json.dumps(data), len(media))
@@ -173,7 +179,7 @@ class ChatStream:
         # The thread holds no reference to this object, so that dropping it ends the generation.
         self._reader = threading.Thread(
             target=_read,
-            args=(self._call, self._answers, self._finished),
+            args=(self._call, self._answers, self._finished, request.sampling.n),
             name=f"triptych-{request_id[:8]}",
             daemon=True,
         )
@@ -200,9 +206,9 @@ class ChatStream:
             return item  # type: ignore[no-any-return]
         raise StopIteration
 
-    def text(self) -> str:
-        """The rest of the answer as one string."""
-        return "".join(delta.text for delta in self)
+    def text(self, index: int = 0) -> str:
+        """The rest of the answer as one string; of one choice where there are several."""
+        return "".join(delta.text for delta in self if delta.index == index)
 
     def close(self) -> None:
         """End the generation in the engine if it still runs."""
@@ -233,12 +239,13 @@ class ChatStream:
         self._client._forget(self.request_id)
 
 
-def _read(call: Any, answers: queue.SimpleQueue[Any], finished: threading.Event) -> None:
+def _read(call: Any, answers: queue.SimpleQueue[Any], finished: threading.Event, num_open: int) -> None:
     try:
         for answer in call:
             delta = wire.delta_of(wire.response_of(answer))
             if delta is not None:
-                if delta.finish_reason:
+                num_open -= bool(delta.finish_reason)
+                if not num_open:
                     finished.set()
                 answers.put(delta)
         if not finished.is_set():

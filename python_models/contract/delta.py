@@ -140,6 +140,15 @@ def merge(first: Delta, second: Delta) -> Delta:
     )
 
 
+def put(waiting: dict[int, Delta], delta: Delta) -> None:
+    """Add to the deltas of one request that wait to be sent, by choice: to the one of its choice where there is one.
+
+    The newest stands last, so that the request's last delta is the last to leave.
+    """
+    earlier = waiting.pop(delta.index, None)
+    waiting[delta.index] = delta if earlier is None else merge(earlier, delta)
+
+
 def _text(value: Any) -> str:
     item = value[0]
     return item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item)

@@ -107,8 +107,8 @@ class ChatRequest:
             stream=check.boolean(data.get("stream", True), "stream"),
             lease_s=_optional_seconds(data.get("lease_s"), "lease_s"),
             timeout_s=_optional_seconds(data.get("timeout_s"), "timeout_s"),
-            priority=check.integer(data.get("priority", 0), "priority", -(2**31), 2**31 - 1),
-            cache_salt=_salt(data.get("cache_salt", "")),
+            priority=priority(data.get("priority", 0)),
+            cache_salt=cache_salt(data.get("cache_salt", "")),
         )
         for where, part in request.media():
             if part.blob is not None and part.blob >= num_blobs:
@@ -132,7 +132,13 @@ def _optional_seconds(value: Any, param: str) -> float | None:
     return None if value is None else check.number(value, param, 0.001, 86400)
 
 
-def _salt(value: Any) -> str:
+def priority(value: Any) -> int:
+    """Field ``priority``, checked."""
+    return check.integer(value, "priority", -(2**31), 2**31 - 1)
+
+
+def cache_salt(value: Any) -> str:
+    """Field ``cache_salt``, checked."""
     if len(check.string(value, "cache_salt")) > MAX_SALT:
         raise invalid(f"cache_salt has {len(value)} characters; at most {MAX_SALT} are allowed", "cache_salt")
     return str(value)

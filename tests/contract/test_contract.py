@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage, merge
+from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage, merge, put
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.features import EncoderItem, pack, unpack
 from triptych.python_models.contract.plan import MediaItem, Plan
@@ -183,6 +183,15 @@ def test_deltas_of_other_choices_and_after_the_end_are_not_merged() -> None:
         merge(Delta("a"), Delta("b", index=1))
     with pytest.raises(ValueError, match="cannot follow"):
         merge(Delta("a", finish_reason="stop"), Delta("b"))
+
+
+def test_waiting_deltas_are_one_per_choice_and_the_newest_is_last() -> None:
+    waiting: dict[int, Delta] = {}
+    for delta in (Delta("a", (1,)), Delta("x", (7,), index=1), Delta("b", (2,)), Delta("", (), (), "stop", index=1)):
+        put(waiting, delta)
+    assert list(waiting.values()) == [Delta("ab", (1, 2)), Delta("x", (7,), (), "stop", index=1)]
+    put(waiting, Delta("", (3,), (), "length", None, Usage(1)))
+    assert list(waiting.values())[-1] == Delta("ab", (1, 2, 3), (), "length", None, Usage(1))
 
 
 def test_grammars_round_trip() -> None:

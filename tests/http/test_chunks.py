@@ -31,7 +31,7 @@ def events(data: bytes) -> list[dict[str, Any]]:
 
 
 def test_first_chunk_names_the_role() -> None:
-    [chunk] = events(completion().first_chunk())
+    [chunk] = events(completion().first_chunks())
     assert chunk["object"] == "chat.completion.chunk"
     assert chunk["choices"] == [
         {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
@@ -45,7 +45,11 @@ def test_a_heartbeat_makes_no_chunk() -> None:
 
 def test_last_delta_gives_text_finish_and_usage_apart() -> None:
     last = Delta("end", (1, 2), (), "stop", "</s>", Usage(7, 3, 2, 1, 0, 4))
-    text, finish, total = events(completion(True).chunks(last))
+    made = completion(True)
+    text, finish = events(made.chunks(last))
+    ended = made.end([last])
+    assert ended.endswith(b"data: [DONE]\n\n")
+    [total] = events(ended.removesuffix(sse.DONE))
     assert text["choices"][0]["delta"] == {"content": "end"}
     assert text["choices"][0]["finish_reason"] is None
     assert text["usage"] is None
@@ -66,6 +70,32 @@ def test_last_delta_gives_text_finish_and_usage_apart() -> None:
     assert {(chunk["id"], chunk["created"], chunk["system_fingerprint"]) for chunk in (text, finish, total)} == {
         ("chatcmpl-1", 17, "fp_1")
     }
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("text", ["a", 'quote " and \\', "图\n\u2028", "\x00", '"index":0,"delta":{"content":""'])
+def test_the_short_way_to_write_a_chunk_is_the_same(include_usage: bool, text: str) -> None:
+    made = completion(include_usage)
+    [chunk] = events(made.chunks(Delta(text, (1,), index=7)))
+    [other] = events(made._chunk([made._choice(7, {"content": text})]))
+    assert chunk == other
+    assert chunk["choices"][0]["delta"] == {"content": text}
+
+
+def test_choices_have_chunks_of_their_own_and_one_usage() -> None:
+    made = Completion("chatcmpl-1", 17, "m", "fp_1", True, n=2)
+    assert [chunk["choices"][0]["index"] for chunk in events(made.first_chunks())] == [0, 1]
+    one = Delta("b", (2,), (), "stop", None, Usage(5, 0, 3), 1)
+    zero = Delta("a", (1, 3), (), "length", None, Usage(5, 0, 5), 0)
+    assert [c["choices"][0]["index"] for c in events(made.chunks(one) + made.chunks(zero))] == [1, 1, 0, 0]
+    [total] = events(made.end([one, zero]).removesuffix(sse.DONE))
+    assert total["usage"]["completion_tokens"] == 5
+    whole = made.whole([Delta("x", (7,), index=1), one, zero])
+    assert [(c["index"], c["message"]["content"], c["finish_reason"]) for c in whole["choices"]] == [
+        (0, "a", "length"),
+        (1, "xb", "stop"),
+    ]
+    assert whole["usage"]["completion_tokens"] == 5
 
 
 def test_logprobs_have_openais_shape() -> None:
@@ -99,7 +129,7 @@ def test_whole_completion() -> None:
 
 def test_errors_speak_openai() -> None:
     error = invalid("sampling.max_tokens is 9 but at most 5 fit", "sampling.max_tokens")
-    found = body_of(in_openai_words(error, "max_completion_tokens"))["error"]
+    found = body_of(in_openai_words(error, {"max_tokens": "max_completion_tokens"}))["error"]
     assert found == {
         "message": "max_completion_tokens is 9 but at most 5 fit",
         "type": "invalid_request_error",

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.client.openai_api.errors import answer_to
-from triptych.client.openai_api.fields import _NEUTRAL, _SAMPLING, ChatCall, parse
-from triptych.python_models.contract.errors import TriptychError
+from triptych.client.openai_api.errors import answer_to, in_openai_words
+from triptych.client.openai_api.fields import _NEUTRAL, _OWN, _SAMPLING, ChatCall, parse
+from triptych.python_models.contract.errors import TriptychError, invalid
 from triptych.python_models.contract.request import ChatRequest, MediaPart, TextPart
+from triptych.python_models.contract.sampling import Grammar
 
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -28,6 +29,10 @@ def user(*parts: Any) -> list[dict[str, Any]]:
 
 def image(url: Any, **more: Any) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **more}}
 
 
 def call(**change: Any) -> ChatCall:
@@ -73,7 +78,38 @@ def test_defaults_are_those_of_openai() -> None:
 def test_the_newer_token_limit_wins() -> None:
     found = call(max_tokens=5, max_completion_tokens=6)
     assert found.request.sampling.max_tokens == 6
-    assert found.token_limit == "max_completion_tokens"
+    assert found.names == {"max_tokens": "max_completion_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("change", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_object")),
+        (
+            {"response_format": json_schema({"type": "array"}, strict=True, description="d")},
+            Grammar("json_schema", '{"type":"array"}'),
+        ),
+        ({"regex": "a|b", "ebnf": None, "response_format": {"type": "text"}}, Grammar("regex", "a|b")),
+        ({"ebnf": 'root ::= "a"'}, Grammar("ebnf", 'root ::= "a"')),
+    ],
+)
+def test_what_the_text_must_look_like(change: dict[str, Any], grammar: Grammar | None) -> None:
+    assert call(**change).request.sampling.grammar == grammar
+
+
+def test_errors_of_the_engine_name_the_field_of_the_body() -> None:
+    error = invalid("grammar: the json_schema cannot be compiled: no grammar", "grammar")
+    found = in_openai_words(error, call(response_format=json_schema({})).names)
+    assert found.param == "response_format.json_schema.schema"
+    assert found.message == "response_format.json_schema.schema: the json_schema cannot be compiled: no grammar"
+
+
+def test_choices_priority_and_salt_arrive() -> None:
+    request = call(n=3, speculative_tokens=4, priority=-2, cache_salt="ü").request
+    assert (request.sampling.n, request.sampling.speculative_tokens) == (3, 4)
+    assert (request.priority, request.cache_salt) == (-2, "ü")
+    assert call(priority=None, cache_salt=None, n=None).request.priority == 0
 
 
 def test_media_become_blobs_in_order() -> None:
@@ -184,11 +220,29 @@ def test_fields_that_ask_for_nothing_more_are_accepted(change: dict[str, Any]) -
         ({"stream": "yes"}, "stream", 400, "true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options", 400, "stream: true"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage", 400, "unknown"),
-        ({"n": 2}, "n", 400, "beyond 1"),
-        ({"n": True}, "n", 400, "beyond 1"),
+        ({"n": 129}, "n", 400, "between 1 and 128"),
+        ({"n": True}, "n", 400, "integer"),
+        ({"speculative_tokens": 17}, "speculative_tokens", 400, "between 0 and 16"),
+        ({"priority": 1.5}, "priority", 400, "integer"),
+        ({"cache_salt": 1}, "cache_salt", 400, "string"),
+        ({"cache_salt": "\ud800"}, "cache_salt", 400, "surrogate"),
+        ({"regex": 1}, "regex", 400, "string"),
+        ({"regex": ""}, "regex", 400, "regex must not be empty"),
+        ({"regex": "\udfff"}, "regex", 400, "surrogate"),
+        ({"ebnf": "x" * 200_000}, "ebnf", 413, "131072"),
+        ({"regex": "a", "ebnf": "b"}, "ebnf", 400, "only one of regex, ebnf"),
+        ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex", 400, "only one of"),
+        ({"grammar": {"type": "json_object"}}, "grammar", 400, "unknown field"),
         ({"tools": [{"type": "function"}]}, "tools", 400, "not supported"),
         ({"tool_choice": "required"}, "tool_choice", 400, "none"),
-        ({"response_format": {"type": "json_object"}}, "response_format", 400, "text"),
+        ({"response_format": "json"}, "response_format", 400, "object"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", 400, "json_schema"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format.x", 400, "unknown"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", 400, "object"),
+        ({"response_format": json_schema(None)}, "response_format.json_schema.schema", 400, "object"),
+        ({"response_format": json_schema({}, strict=3)}, "response_format.json_schema.strict", 400, "true or false"),
+        ({"response_format": json_schema({}, colour=3)}, "response_format.json_schema.colour", 400, "unknown"),
+        ({"response_format": json_schema({"title": "\ud800"})}, "response_format.json_schema.schema", 400, "surrogate"),
         ({"store": True}, "store", 400, "false"),
         ({"audio": {"voice": "x"}}, "audio", 400, "null"),
         ({"temprature": 1}, "temprature", 400, "did you mean 'temperature'"),
@@ -217,7 +271,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=8,
 )
-NAMES = sorted(_SAMPLING | set(_NEUTRAL) | {"messages", "stream", "stream_options", "max_tokens", "model"})
+NAMES = sorted({*_SAMPLING, *_NEUTRAL, *_OWN})
 PART = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "image_url", "video_url", "audio_url", "input_audio", "x"])},
     optional={
@@ -247,7 +301,7 @@ def test_whatever_the_body_holds_it_is_read_or_refused(change: dict[str, Any], m
         # what goes on to the ensemble is understood there
         assert ChatRequest.from_json(found.request.to_json().encode(), len(found.media)) == found.request
         return
-    assert answer.status_code in (400, 404)
+    assert answer.status_code in (400, 404, 413)
     assert json.loads(answer.body)["error"]["message"]
 
 
