@@ -26,7 +26,7 @@ def linear(
 
     Args:
         x: [M, K], elements of a row next to each other; float32, float16 or bfloat16.
-        weight: [N, K] of x's dtype, contiguous rows; with a gate the rows of the gate, then as many of the up projection.
+        weight: [N, K] of x's dtype, contiguous rows; with a gate its rows first, then as many of the up projection.
         bias: [N].
         residual: of the result's shape and dtype.
         norm: (weight [K], eps, offset) of an RMS norm of x, as :func:`triptych.kernels.norm.rms_norm`.

@@ -52,10 +52,7 @@ def _x_tile(
     if NORM:
         scale = tl.load(norm + columns[None, None, :], known, other=0.0).to(tl.float32)
         value *= rstd[:, :, None]
-        if GEMMA:
-            value = value * (offset + scale)
-        else:
-            value = value.to(x.dtype.element_ty).to(tl.float32) * scale
+        value = value * (offset + scale) if GEMMA else value.to(x.dtype.element_ty).to(tl.float32) * scale
         value = value.to(x.dtype.element_ty).to(tl.float32)
     return value
 
