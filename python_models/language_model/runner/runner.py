@@ -114,26 +114,28 @@ class DecoderRunner:
             TriptychError: UNSUPPORTED where a decode step cannot be captured.
         """
         cache, backend, inputs = self._parts()
-        with torch.inference_mode():
-            if longest and cache.device.type == "cuda":
+        if longest and cache.device.type == "cuda":
+            with torch.inference_mode():
                 self._rehearse(cache, longest)
-            if self._options.graph_batch:
-                if cache.device.type == "cuda":
-                    refuse_uncapturable(backend, self._backend_name)
-                graphs = GraphRunner(
-                    self._executor,
-                    backend,
-                    cache,
-                    inputs,
-                    self._last_tokens,
-                    self._axes,
-                    self._options.graph_batch,
-                    # with overlap a step may be queued for a request that turns out to have ended
-                    self._options.context_length // self._block_size + 1,
-                    self._example,
-                )
-                graphs.capture()
-                self._graphs = graphs
+        if not self._options.graph_batch:
+            return
+        if cache.device.type == "cuda":
+            refuse_uncapturable(backend, self._backend_name)
+        graphs = GraphRunner(
+            self._executor,
+            backend,
+            cache,
+            inputs,
+            self._last_tokens,
+            self._axes,
+            self._options.graph_batch,
+            # with overlap a step may be queued for a request that turns out to have ended
+            self._options.context_length // self._block_size + 1,
+            self._example,
+        )
+        with torch.inference_mode():
+            graphs.capture()
+        self._graphs = graphs
 
     def free(self) -> None:
         """Give the KV cache's memory back; `allocate` makes a new one."""
