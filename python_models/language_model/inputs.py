@@ -45,7 +45,14 @@ def read_plan(inputs: Mapping[str, Any]) -> Plan:
     return plan
 
 
-def read_prompt(inputs: Mapping[str, Any], plan: Plan, num_axes: int, hidden_size: int, vocab_size: int) -> Prompt:
+def read_prompt(
+    inputs: Mapping[str, Any],
+    plan: Plan,
+    num_axes: int,
+    hidden_size: int,
+    vocab_size: int,
+    bidirectional: frozenset[str] = frozenset(),
+) -> Prompt:
     """Token ids, positions and embedding rows, checked against each other.
 
     Args:
@@ -54,6 +61,7 @@ def read_prompt(inputs: Mapping[str, Any], plan: Plan, num_axes: int, hidden_siz
         num_axes: axes of position ids that the decoder takes.
         hidden_size: columns of the token embeddings.
         vocab_size: tokens that have an embedding.
+        bidirectional: see :class:`~..families.base.Decoder`.
 
     Raises:
         TriptychError: STAGE_FAILED, saying which of them do not fit together.
@@ -85,7 +93,8 @@ def read_prompt(inputs: Mapping[str, Any], plan: Plan, num_axes: int, hidden_siz
         raise _wrong(
             f"input_ids hold {int(text_ids.min())} to {int(text_ids.max())}, but token ids are 0 to {vocab_size - 1}"
         )
-    return Prompt(token_ids, position_ids, plan.rope_delta, plan.items, tuple(media))
+    spans = sorted(span for item in plan.items if item.modality in bidirectional for span in item.spans)
+    return Prompt(token_ids, position_ids, plan.rope_delta, plan.items, tuple(media), tuple(spans))
 
 
 def _places(items: list[MediaItem], length: int, is_text: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,19 +13,16 @@ import torch
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.settings import Settings
 from ..families.base import Decoder
-from ..families.checkpoint import find_checkpoint
-from ..families.loading import stage_dtype
-from ..families.registry import load_family
 from ..stage import Responder, Stage, Telemetry
+from .building import build_runner, context_length
 from .engine.config import EngineConfig
 from .engine.engine import Engine, Submission
 from .inputs import names, read_plan, read_prompt
-from .runner.executor import make_executor
-from .runner.options import RunnerOptions
-from .runner.runner import DecoderRunner
-from .sizing import kv_blocks
+from .runner.parallel.runner import ParallelRunner
 
 logger = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 3.0
 
 
 class LanguageModelStage(Stage):
@@ -42,42 +41,28 @@ class LanguageModelStage(Stage):
         super().__init__(settings, telemetry, device)
         if settings.torch_threads:
             torch.set_num_threads(settings.torch_threads)
-        if decoder is None:
-            dtype = stage_dtype(find_checkpoint(settings), settings, device)
-            decoder = load_family(settings).load_decoder(device, dtype)
+        self._runner, decoder, num_blocks = build_runner(settings, device, decoder, self._rank_lost)
         self._num_axes = decoder.num_axes
-        context_length = _context_length(settings, decoder)
-        executor = make_executor(decoder, "transformers")
-        options = RunnerOptions.of(settings, context_length, device)
-        self._runner = runner = DecoderRunner(
-            executor, decoder.num_axes, settings.block_size, device, options, settings.max_running_requests
-        )
-        num_blocks = kv_blocks(settings, runner.kv_groups, runner.bytes_per_token, context_length, device)
-        runner.allocate(num_blocks)
-        for group, blocks, width in zip(runner.kv_groups, num_blocks, runner.bytes_per_token, strict=True):
-            logger.info(
-                "KV cache: %d tokens in blocks of %d, %.0f MiB on %s, %s",
-                blocks * settings.block_size,
-                settings.block_size,
-                blocks * settings.block_size * width / 2**20,
-                device,
-                "of every request" if group.window is None else f"in windows of {group.window}",
-            )
-        runner.warm_up(settings.chunked_prefill_size)
+        self._bidirectional = decoder.bidirectional
         self._hidden_size = int(decoder.config.hidden_size)
         self._vocab_size = int(decoder.config.vocab_size)
         config = EngineConfig(
-            num_blocks=num_blocks[0],
+            num_blocks=num_blocks,
             block_size=settings.block_size,
-            context_length=context_length,
+            context_length=context_length(settings, decoder),
             max_running=settings.max_running_requests,
             max_queued=settings.max_queued_requests,
             max_step_tokens=settings.chunked_prefill_size,
             heartbeat_s=settings.heartbeat_s,
             timeout_s=settings.request_timeout_s,
             eos_token_ids=decoder.eos_token_ids,
+            windows=tuple(group.window for group in self._runner.kv_groups),
+            overlap=_overlap(settings, device),
+            speculative_tokens=settings.speculative_tokens,
+            prefix_cache=settings.prefix_cache,
+            max_media_bytes=settings.max_media_mb * 2**20,
         )
-        self.engine = Engine(runner, decoder.tokenizer, config, telemetry, device=device)
+        self.engine = Engine(self._runner, decoder.tokenizer, config, telemetry, device=device)
 
     def submit(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
         """See :class:`~triptych.python_models.stage.Stage`."""
@@ -94,12 +79,22 @@ class LanguageModelStage(Stage):
                 responder.send({}, final=True)
                 return
             plan = read_plan(inputs)
-            prompt = read_prompt(inputs, plan, self._num_axes, self._hidden_size, self._vocab_size)
+            prompt = read_prompt(
+                inputs, plan, self._num_axes, self._hidden_size, self._vocab_size, self._bidirectional
+            )
             for media in prompt.media:
                 # the server falls back to host memory without a word when its CUDA pool is full
                 self.telemetry.add("triptych_embedding_bytes_total", media.rows.nbytes, device=media.rows.device.type)
             submission = Submission(
-                request_id, prompt, plan.sampling, responder, plan.stream, plan.lease_s, plan.timeout_s
+                request_id,
+                prompt,
+                plan.sampling,
+                responder,
+                plan.stream,
+                plan.lease_s,
+                plan.timeout_s,
+                plan.priority,
+                plan.cache_salt,
             )
             self.engine.submit(submission)
         except TriptychError as error:
@@ -123,14 +118,18 @@ class LanguageModelStage(Stage):
         """See :class:`~triptych.python_models.stage.Stage`."""
         self.engine.close()
         self._runner.free()
+        if isinstance(self._runner, ParallelRunner):
+            self._runner.close()
+
+    def _rank_lost(self, error: TriptychError) -> None:
+        """End the process soon: its device may wait for ever in a collective for a rank that is gone."""
+        logger.critical("%s", error.message)
+        if torch.device(self.device).type == "cuda":
+            # requests hear of it first; the server's supervisor loads the model again
+            threading.Timer(_LAST_WORDS_S, os._exit, (1,)).start()
 
 
-def _context_length(settings: Settings, decoder: Decoder) -> int:
-    if settings.context_length > decoder.context_length:
-        raise TriptychError(
-            ErrorKind.INVALID_REQUEST,
-            f"context_length {settings.context_length} is more than the {decoder.context_length} positions the "
-            "checkpoint was made for",
-            "settings.context_length",
-        )
-    return settings.context_length or decoder.context_length
+def _overlap(settings: Settings, device: str) -> bool:
+    if settings.overlap == "auto":
+        return torch.device(device).type == "cuda"
+    return settings.overlap == "on"

@@ -138,50 +138,78 @@ class ToyTokenizer:
 class ToyRunner:
     """A model whose next token is a hash of all tokens it finds in its paged memory: any mix-up changes the answer.
 
-    ``fail`` may raise for the slices of a step; ``gate`` holds steps back while it is cleared.
+    Each group of layers has a memory of its own; one with a window finds only what is in it. ``fail`` may raise for
+    the slices of a step; ``gate`` holds steps back while it is cleared.
     """
 
     vocab_size = 40
-    kv_groups = (KVGroup((0,)),)
 
-    def __init__(self, num_blocks: int, block_size: int, eos: int | None = 0) -> None:
+    def __init__(
+        self,
+        num_blocks: Sequence[int],
+        block_size: int,
+        eos: int | None = 0,
+        windows: Sequence[int | None] = (None,),
+        vocab_size: int = 40,
+    ) -> None:
         self.block_size = block_size
-        self.memory = np.full(num_blocks * block_size, -1, dtype=np.int64)
+        self.vocab_size = vocab_size
+        self.kv_groups = tuple(KVGroup((layer,), window) for layer, window in enumerate(windows))
+        self.memories = [np.full(count * block_size, -1, dtype=np.int64) for count in num_blocks]
         self.eos = eos
         self.last_tokens = torch.zeros(256, dtype=torch.int64)
         self.fail: Callable[[Sequence[Slice]], None] = lambda slices: None
         self.gate = threading.Event()
         self.gate.set()
         self.steps: list[list[int]] = []
+        self.late = 0
         self.scrubbed: list[int] = []
 
     def forward(self, slices: Sequence[Slice]) -> torch.Tensor:
         assert self.gate.wait(WAIT_S)
         self.steps.append([len(part) for part in slices])
         self.fail(slices)
-        rows = []
-        for part in slices:
-            table = np.array(part.block_tables[0])
-            places = np.arange(part.start + len(part))
-            slots = table[places // self.block_size] * self.block_size + places % self.block_size
-            # the position is stored too, so a token found at another place is seen
-            values = part.token_ids * 100_003 + part.position_ids[0]
-            for media in part.media:
-                values[media.positions] = (media.rows[:, 0].numpy() * 1000).astype(np.int64)
-            self.memory[slots[part.start :]] = values
-            if part.num_logits:
-                rows.append(zlib.crc32(self.memory[slots].tobytes()) % (2**31))
-        logits = torch.zeros(len(rows), self.vocab_size)
-        for row, seed in enumerate(rows):
+        seeds = [seed for part in slices for seed in self._hashes(part)]
+        logits = torch.zeros(len(seeds), self.vocab_size)
+        for row, seed in enumerate(seeds):
             logits[row] = torch.randn(self.vocab_size, generator=torch.Generator().manual_seed(seed))
             if self.eos is None:
                 logits[row, 0] = -torch.inf
         return logits
 
+    def _hashes(self, part: Slice) -> list[int]:
+        """Store a slice; a number for each of its logits."""
+        ids = part.token_ids.copy()
+        if part.first_on_device:
+            self.late += 1
+            ids[0] = self.last_tokens[part.slot]
+        end = part.start + len(part)
+        places = np.arange(end)
+        # the position is stored too, so a token found at another place is seen
+        values = ids * 100_003 + part.position_ids[0]
+        for media in part.media:
+            values[media.positions] = (media.rows[:, 0].numpy() * 1000).astype(np.int64)
+        found = []
+        for memory, table in zip(self.memories, part.block_tables, strict=True):
+            slots = table[places // self.block_size].astype(np.int64) * self.block_size + places % self.block_size
+            memory[slots[part.start :]] = values
+            found.append(memory[slots])
+        seeds = []
+        for last in range(end - part.num_logits, end):
+            seed = 0
+            for group, content in zip(self.kv_groups, found, strict=True):
+                first = 0 if group.window is None else max(0, last - group.window + 1)
+                seed = zlib.crc32(content[first : last + 1].tobytes(), seed)
+            seeds.append(seed % 2**31)
+        return seeds
+
     def scrub(self, group: int, blocks: Sequence[int]) -> None:
         self.scrubbed.extend(blocks)
         for block in blocks:
-            self.memory[block * self.block_size : (block + 1) * self.block_size] = -1
+            self.memories[group][block * self.block_size : (block + 1) * self.block_size] = -1
+
+
+_OWN = ("lease_s", "timeout_s", "priority", "cache_salt")
 
 
 @dataclass
@@ -197,20 +225,12 @@ class Toy:
     ) -> Recorder:
         recorder = recorder or Recorder()
         stream = options.pop("stream", True)
-        lease_s, timeout_s = options.pop("lease_s", None), options.pop("timeout_s", None)
+        own = {name: options.pop(name) for name in _OWN if name in options}
+        media, spans = options.pop("media", ()), options.pop("spans", ())
         options.setdefault("temperature", 0)
         ids = np.array(prompt, dtype=np.int64)
-        self.engine.submit(
-            Submission(
-                request_id,
-                Prompt(ids, np.arange(len(ids), dtype=np.int64)[None]),
-                SamplingParams(**options),
-                recorder,
-                stream,
-                lease_s,
-                timeout_s,
-            )
-        )
+        given = Prompt(ids, np.arange(len(ids), dtype=np.int64)[None], media=media, spans=spans)
+        self.engine.submit(Submission(request_id, given, SamplingParams(**options), recorder, stream, **own))
         return recorder
 
 
@@ -219,8 +239,17 @@ def make_toy() -> Iterator[Callable[..., Toy]]:
     """Makes toy engines and, at the end, closes them and checks that they lost nothing."""
     toys = []
 
-    def make(num_blocks: int = 10_000, block_size: int = 4, eos: int | None = None, **options: Any) -> Toy:
-        runner, meter = ToyRunner(num_blocks, block_size, eos), Meter()
+    def make(
+        num_blocks: int | tuple[int, ...] = 10_000,
+        block_size: int = 4,
+        eos: int | None = None,
+        windows: tuple[int | None, ...] = (None,),
+        vocab_size: int = 40,
+        on_fatal: Callable[[], None] | None = None,
+        **options: Any,
+    ) -> Toy:
+        counts = (num_blocks,) * len(windows) if isinstance(num_blocks, int) else num_blocks
+        runner, meter = ToyRunner(counts, block_size, eos, windows, vocab_size), Meter()
         values: dict[str, Any] = {
             "context_length": 10_000,
             "max_running": 8,
@@ -230,8 +259,8 @@ def make_toy() -> Iterator[Callable[..., Toy]]:
             "timeout_s": 1000.0,
             "eos_token_ids": frozenset() if eos is None else frozenset({eos}),
         }
-        config = EngineConfig(num_blocks=num_blocks, block_size=block_size, **(values | options))
-        toy = Toy(Engine(runner, ToyTokenizer(), config, meter), runner, meter)
+        config = EngineConfig(num_blocks=counts, block_size=block_size, windows=windows, **(values | options))
+        toy = Toy(Engine(runner, ToyTokenizer(), config, meter, on_fatal=on_fatal), runner, meter)
         toys.append(toy)
         return toy
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from triptych.python_models.contract.errors import ErrorKind
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
 
 
 def until(condition, timeout_s=30.0):
@@ -98,7 +98,7 @@ def test_a_cancel_takes_effect_within_a_step(make_toy):
     toy = make_toy()
     toy.runner.gate.clear()
     answer = toy.submit([1, 2], "a", max_tokens=9000)
-    until(lambda: len(toy.engine._requests) == 1)
+    until(lambda: len(toy.engine._answers) == 1)
     toy.engine.cancel(["a"])
     toy.runner.gate.set()
     assert answer.wait().error.kind is ErrorKind.CANCELLED
@@ -250,7 +250,7 @@ def test_a_fault_of_the_engine_itself_ends_all_and_it_goes_on(make_toy, monkeypa
     toy = make_toy()
     toy.runner.gate.clear()
     answers = [toy.submit([k], max_tokens=9000) for k in (1, 2)]
-    until(lambda: len(toy.engine._requests) + len(toy.engine._inbox) == 2)
+    until(lambda: len(toy.engine._answers) + len(toy.engine._inbox) == 2)
 
     def broken(*_):
         monkeypatch.undo()
@@ -264,19 +264,49 @@ def test_a_fault_of_the_engine_itself_ends_all_and_it_goes_on(make_toy, monkeypa
     assert toy.submit([1], max_tokens=5).ok()
 
 
-def test_a_lost_device_stops_the_engine(make_toy):
-    toy = make_toy()
-    running = toy.submit([1], max_tokens=9000).wait_first()
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx"),
+        TriptychError(ErrorKind.STAGE_DEAD, "rank 1 is gone"),
+    ],
+)
+def test_a_lost_device_ends_every_request_then_the_engine_then_the_process(make_toy, overlap, error):
+    ends = []
+    toy = make_toy(overlap=overlap, max_running=1, on_fatal=lambda: ends.append([a.ends for a in answers]))
+    answers = [toy.submit([1], max_tokens=9000), toy.submit([2], max_tokens=9000)]
+    answers[0].wait_first()
 
     def lost(slices):
-        raise RuntimeError("CUDA error: device-side assert triggered")
+        raise error
 
     toy.runner.fail = lost
-    error = running.wait().error
-    assert error.kind is ErrorKind.STAGE_FAILED
-    assert "device-side assert" in error.message
-    until(lambda: not toy.engine.alive)
+    for answer in answers:
+        assert answer.wait().error.kind is ErrorKind.STAGE_DEAD
+        assert str(error) in answer.error.message
+    until(lambda: not toy.engine._thread.is_alive())
+    assert not toy.engine.alive
+    # called once, when everybody had heard
+    assert ends == [[1, 1]]
     assert toy.submit([1]).wait().error.kind is ErrorKind.STAGE_DEAD
+
+
+@pytest.mark.parametrize("message", ["CUDA error: out of memory", "CUDA out of memory. Tried to allocate 2 GiB"])
+def test_running_out_of_memory_is_survived(make_toy, message):
+    ends = []
+    toy = make_toy(on_fatal=lambda: ends.append(1))
+
+    def full(slices):
+        if any(13 in part.token_ids for part in slices):
+            raise RuntimeError(message)
+
+    toy.runner.fail = full
+    assert toy.submit([13, 1], max_tokens=5).wait().error.kind is ErrorKind.STAGE_FAILED
+    assert toy.submit([1, 2], max_tokens=5, logit_bias={13: -100}).ok()
+    assert toy.engine.alive
+    assert not ends
 
 
 def test_close_ends_every_request(make_toy):
@@ -311,7 +341,7 @@ def test_metrics(make_toy):
     until(lambda: toy.meter("triptych_requests_running") == 0 and toy.meter("triptych_kv_cache_usage_ratio") == 0)
     assert toy.meter("triptych_requests_total", "ok") == 3
     assert toy.meter("triptych_prompt_tokens_total") == 30
-    assert toy.meter("triptych_generation_tokens_total") == 18
+    until(lambda: toy.meter("triptych_generation_tokens_total") == 18)
     assert len(toy.meter.observed["triptych_time_to_first_token_seconds"]) == 3
     assert len(toy.meter.observed["triptych_inter_token_seconds"]) == 15
     assert len(toy.meter.observed["triptych_stage_seconds"]) == 3
@@ -363,5 +393,5 @@ def test_random_lives_lose_no_block_and_change_no_answer(make_toy, lives, num_bl
             assert expected.token_ids[: len(answer.token_ids)] == answer.token_ids
     tight.engine.close()
     tight.engine.check()
-    assert tight.engine._pool.num_free == num_blocks
+    assert tight.engine._scheduler.idle
     roomy.engine.close()

@@ -3,15 +3,81 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class OutOfBlocks(Exception):  # noqa: N818 - a normal event of scheduling, not an error
     """Fewer blocks are free than were asked for."""
 
 
+class BlockTable:
+    """The blocks of one request in one group of layers, in the order of its tokens.
+
+    Blocks as half-open intervals::
+
+        [0, first)           given back, because they fell out of the group's window; any number stands there
+        [first, len(self))   referenced by the request
+    """
+
+    __slots__ = ("_array", "_length", "first")
+
+    def __init__(self) -> None:
+        self._array: NDArray[np.int32] = np.empty(16, dtype=np.int32)
+        self._length = 0
+        self.first = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._array[index])
+
+    @property
+    def view(self) -> NDArray[np.int32]:
+        """int32 [len(self)], without a copy; later growth does not show in it."""
+        return self._array[: self._length]
+
+    @property
+    def held(self) -> list[int]:
+        """The blocks that the request references."""
+        blocks: list[int] = self._array[self.first : self._length].tolist()
+        return blocks
+
+    def extend(self, blocks: Sequence[int]) -> None:
+        """Add blocks at the end."""
+        end = self._length + len(blocks)
+        if end > self._array.shape[0]:
+            grown = np.empty(max(end, 2 * self._array.shape[0]), dtype=np.int32)
+            grown[: self._length] = self.view
+            self._array = grown
+        self._array[self._length : end] = blocks
+        self._length = end
+
+    def start(self, first: int, blocks: Sequence[int]) -> None:
+        """Fill an empty table: ``first`` places that are not held, then ``blocks``."""
+        self.extend([0] * first + list(blocks))
+        self.first = first
+
+    def drop_before(self, index: int) -> list[int]:
+        """Stop holding the blocks before ``index``; returns those that were held."""
+        blocks: list[int] = self._array[self.first : index].tolist()
+        self.first = index
+        return blocks
+
+    def clear(self) -> list[int]:
+        """Stop holding anything; returns what was held."""
+        blocks = self.held
+        self._length = self.first = 0
+        # views of the old array may still be read
+        self._array = np.empty(16, dtype=np.int32)
+        return blocks
+
+
 class BlockPool:
-    """Reference-counted KV blocks with a prefix cache.
+    """Reference-counted KV blocks of one group of layers, with a prefix cache.
 
     Every block is in exactly one of three places::
 
@@ -68,16 +134,26 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._block_of
+
+    def count_known(self, keys: Sequence[bytes]) -> int:
+        """Length of the longest beginning of ``keys`` all of which are known."""
+        for count, key in enumerate(keys):
+            if key not in self._block_of:
+                return count
+        return len(keys)
+
     def acquire(self, keys: Sequence[bytes]) -> list[int]:
-        """Take the known blocks of the longest prefix of ``keys``, shared with whoever else uses them."""
-        blocks = []
-        for key in keys:
-            block = self._block_of.get(key)
-            if block is None:
-                break
+        """Take known blocks, shared with whoever else uses them.
+
+        Raises:
+            KeyError: one of them is not known; nothing is taken.
+        """
+        blocks = [self._block_of[key] for key in keys]
+        for block in blocks:
             self._idle.pop(block, None)
             self._references[block] += 1
-            blocks.append(block)
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -101,16 +177,31 @@ class BlockPool:
             self._block_of[key] = block
             self._key_of[block] = key
 
-    def unpublish(self, blocks: Sequence[int]) -> list[int]:
-        """Forget the content of blocks in use, because it is wrong; returns those that nobody else uses."""
-        for block in blocks:
-            key = self._key_of.pop(block, None)
-            if key is not None:
-                del self._block_of[key]
-        return [block for block in blocks if self._references[block] == 1]
+    def forget(self, keys: Iterable[bytes], blocks: Iterable[int] = ()) -> list[int]:
+        """Make content unknown because it is wrong.
 
-    def check(self, expected: Sequence[Sequence[int]] = ()) -> None:
-        """Verify every invariant; ``expected`` are the block tables of all requests (none when idle).
+        Args:
+            keys: of the content.
+            blocks: that one request holds. Other requests' blocks of the same content stay known: each computed it.
+
+        Returns:
+            Blocks that may be blanked: nobody uses them, or only that request.
+        """
+        own = dict.fromkeys(blocks)
+        free = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None or (block not in own and block not in self._idle):
+                continue
+            del self._block_of[key], self._key_of[block]
+            if block in self._idle:
+                del self._idle[block]
+                self._blank.append(block)
+                free.append(block)
+        return free + [block for block in own if self._references[block] == 1]
+
+    def check(self, expected: Iterable[Sequence[int]] = ()) -> None:
+        """Verify every invariant; ``expected`` are the blocks that each request holds (none when idle).
 
         Raises:
             AssertionError: that says which invariant does not hold.

@@ -1,4 +1,4 @@
-"""The engine: one thread that plans a step, computes it, and hands out what came of it.
+"""The engine: one thread that plans steps, has them computed, and hands out what came of them.
 
 Other threads only append to an inbox: `submit`, `cancel`, `renew` and `close` return at once. All state of requests
 belongs to the engine's thread.
@@ -10,22 +10,30 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from ...contract.delta import Delta, TokenLogprob
+from ...contract.delta import Delta
 from ...contract.errors import ErrorKind, TriptychError
 from ...contract.sampling import SamplingParams
 from ...stage import Responder, Telemetry
 from ..runner.step import Runner
-from .blocks import BlockPool
+from .batch_log import BatchLog
 from .config import EngineConfig
-from .detokenizer import Detokenizer, Tokenizer, Vocabulary
-from .request import Limits, Prompt, Request, draw_seed
+from .delivery import Answer, Choice, Delivery
+from .detokenizer import Tokenizer
+from .grammar import GrammarCompiler, GrammarState
+from .pipeline import Pipeline, device_lost
+from .request import Prompt, Request, Work, draw_seed, seed_of_choice
 from .sampler import Sampled, Sampler, SamplerState
 from .scheduler import Scheduler
+from .speculation import PromptLookup
+
+if TYPE_CHECKING:
+    import xgrammar
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +44,19 @@ _CLOSE_S = 30.0
 
 @dataclass(frozen=True)
 class Submission:
-    """A request as it enters the engine."""
+    """A request as it enters the engine.
+
+    Attributes:
+        request_id: by which it is cancelled and renewed.
+        prompt: what the model reads.
+        sampling: how it answers, and how often.
+        responder: where all answers go.
+        stream: a delta for each token instead of one for each choice.
+        lease_s: it ends when not renewed for this long; None for no lease.
+        timeout_s: it ends after this long; None takes the engine's.
+        priority: higher ones are served first.
+        cache_salt: it shares the prefix cache only with requests of the same.
+    """
 
     request_id: str
     prompt: Prompt
@@ -45,6 +65,8 @@ class Submission:
     stream: bool = True
     lease_s: float | None = None
     timeout_s: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
 
 
 class Engine:
@@ -52,7 +74,8 @@ class Engine:
 
     Each request is answered with a first delta on acceptance (usage of the prompt), then with deltas or heartbeats,
     then with exactly one final delta or error. A step that raises is computed again request by request, and only
-    those that fail alone end with an error.
+    those that fail alone end with an error. An error that no later step in this process can survive ends every
+    request with STAGE_DEAD, and then the engine.
     """
 
     def __init__(
@@ -63,22 +86,40 @@ class Engine:
         telemetry: Telemetry,
         clock: Callable[[], float] = time.monotonic,
         device: str = "cpu",
+        on_fatal: Callable[[], None] | None = None,
     ) -> None:
-        """Start the thread. Args: ``clock`` in seconds; ``device`` the thread makes its current one."""
+        """Start the thread.
+
+        Args:
+            runner: computes the steps.
+            tokenizer: turns tokens into text.
+            config: the limits; as many pools and windows as the runner has groups of layers.
+            telemetry: for measurements.
+            clock: in seconds.
+            device: the thread makes it its current one.
+            on_fatal: called last, by the thread, after an error that this process cannot survive.
+        """
+        if tuple(group.window for group in runner.kv_groups) != config.windows:
+            raise ValueError(f"the runner's groups are {runner.kv_groups}, but the windows given are {config.windows}")
+        if runner.last_tokens.shape[0] < config.max_running:
+            raise ValueError(f"{runner.last_tokens.shape[0]} slots are too few for {config.max_running} requests")
         self.config = config
         self._runner = runner
-        self._tokenizer = tokenizer
-        self._vocabulary = Vocabulary(tokenizer)
         self._telemetry = telemetry
         self._clock = clock
         self._device = torch.device(device)
-        self._pool = BlockPool(config.num_blocks, config.block_size)
-        self._scheduler = Scheduler(self._pool, config.max_running, config.max_step_tokens)
-        self._sampler = Sampler()
-        self._requests: dict[Request, None] = {}
+        self._on_fatal = on_fatal
+        self._delivery = Delivery(tokenizer, config.eos_token_ids, telemetry)
+        self._grammars = GrammarCompiler(tokenizer, runner.vocab_size, config.eos_token_ids, telemetry)
+        self._scheduler = Scheduler(config)
+        sampler = Sampler(runner.vocab_size, self._device)
+        self._pipeline = Pipeline(runner, sampler, config.overlap, clock, self._took, self._fail_alone)
+        self._log = BatchLog(config.log_s, clock())
+        self._answers: dict[Answer, None] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._in_flight = 0
+        self._media_bytes = 0
         self._closing = False
         self._stopped = False
         self._next_check = 0.0
@@ -94,18 +135,20 @@ class Engine:
     def submit(self, submission: Submission) -> None:
         """Take a request; every outcome goes to its responder."""
         try:
-            request = self._new_request(submission)
-            self._enter()
+            answer = self._new_answer(submission)
+            self._enter(answer)
         except TriptychError as error:
             self._telemetry.add("triptych_requests_total", outcome=error.kind.value)
             submission.responder.fail(error)
             return
         # the caller learns at once that the request is here, before anything else it hears
-        self._deliver(request, Delta(usage=request.usage()))
-        if not self._post(lambda: self._take(request)):
-            request.done = True
-            self._count_out(request, ErrorKind.STAGE_DEAD.value)
-            self._deliver(request, _stopped())
+        answer.deliver(Delta(usage=answer.usage()))
+        if not self._post(lambda: self._register(answer)):
+            answer.done = True
+            self._count_out(answer, ErrorKind.STAGE_DEAD.value)
+            answer.deliver(_stopped())
+        elif submission.sampling.grammar is not None:
+            self._grammars.compile(submission.sampling.grammar, lambda outcome: self._compiled(answer, outcome))
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End these requests with CANCELLED within a step."""
@@ -122,6 +165,7 @@ class Engine:
         with self._wake:
             self._closing = True
             self._wake.notify()
+        self._grammars.close()
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
             raise TriptychError(
@@ -132,14 +176,16 @@ class Engine:
         """Verify the invariants of queues and blocks; only while nothing runs, or after `close`."""
         self._scheduler.check()
 
-    def _new_request(self, submission: Submission) -> Request:
+    def _new_answer(self, submission: Submission) -> Answer:
         """Check against the limits.
 
         Raises:
-            TriptychError: CONTEXT_LENGTH_EXCEEDED or INVALID_REQUEST.
+            TriptychError: CONTEXT_LENGTH_EXCEEDED, INVALID_REQUEST or TOO_LARGE.
         """
         config, params, prompt = self.config, submission.sampling, submission.prompt
         max_tokens = config.max_tokens(len(prompt), params.max_tokens)
+        for start, end in prompt.spans:
+            config.check_span(end - start)
         vocab_size = self._runner.vocab_size
         for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
             for token_id in ids:
@@ -149,37 +195,72 @@ class Engine:
                         f"{name} names token {token_id}, but the vocabulary has {vocab_size} tokens",
                         name,
                     )
+        if prompt.media_bytes > config.max_media_bytes:
+            raise TriptychError(
+                ErrorKind.TOO_LARGE,
+                f"the request's media take {prompt.media_bytes / 2**20:.1f} MiB of embeddings, but all requests "
+                f"together may have {config.max_media_bytes / 2**20:g} (max_media_mb)",
+                "messages",
+            )
         now = self._clock()
-        stop_ids = frozenset(params.stop_token_ids) | config.eos_token_ids
-        seed = draw_seed() if params.seed is None else params.seed
-        return Request(
+        answer = Answer(
             request_id=submission.request_id,
             prompt=prompt,
             sampling=params,
-            limits=Limits(
-                max_tokens, submission.lease_s, min(config.timeout_s, submission.timeout_s or config.timeout_s)
-            ),
             responder=submission.responder,
-            detokenizer=Detokenizer(self._tokenizer, params),
-            sampler=SamplerState(params, prompt.token_ids, seed, stop_ids, vocab_size),
-            block_size=config.block_size,
             stream=submission.stream,
+            lease_s=submission.lease_s,
+            timeout_s=min(config.timeout_s, submission.timeout_s or config.timeout_s),
             arrival=now,
             renewed=now,
             last_sent=now,
         )
+        seed = draw_seed() if params.seed is None else params.seed
+        # without a prefix cache the choices of one prompt still share it, among themselves
+        shared = config.prefix_cache or params.n > 1
+        salt = submission.cache_salt if config.prefix_cache else f"{draw_seed()}"
+        for index in range(params.n):
+            own_seed = seed_of_choice(seed, index)
+            sampler = SamplerState(params, prompt.token_ids, own_seed, self._stop_ids(params), vocab_size)
+            request = Request(
+                submission.request_id,
+                prompt,
+                max_tokens,
+                config.block_size,
+                len(config.num_blocks),
+                priority=submission.priority,
+                index=index,
+                salt=salt,
+                cacheable=shared,
+                sampler=sampler,
+                choice=self._delivery.choice(answer),
+            )
+            guesses = config.speculative_tokens if params.speculative_tokens is None else params.speculative_tokens
+            if guesses and params.grammar is None and not sampler.needs_history:
+                request.speculative_tokens = guesses
+                request.speculation = PromptLookup(prompt.token_ids.tolist(), guesses, vocab_size)
+            if shared:
+                # here rather than on the engine's thread
+                request.keys = list(answer.choices[0].keys if index else request.block_keys(len(prompt)))
+            answer.choices.append(request)
+        answer.num_open = params.n
+        return answer
 
-    def _enter(self) -> None:
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset(params.stop_token_ids) | self.config.eos_token_ids
+
+    def _enter(self, answer: Answer) -> None:
         """Count a request in.
 
         Raises:
             TriptychError: OVERLOADED, or STAGE_DEAD after `close`.
         """
+        count, size = len(answer.choices), answer.prompt.media_bytes
         with self._wake:
             if self._closing:
                 raise _stopped()
             room = self.config.max_running + self.config.max_queued
-            if self._in_flight >= room:
+            if self._in_flight + count > room:
                 raise TriptychError(
                     ErrorKind.OVERLOADED,
                     f"the language model is full: {self.config.max_running} requests may run and "
@@ -187,7 +268,17 @@ class Engine:
                     None,
                     _STAGE,
                 )
-            self._in_flight += 1
+            if self._media_bytes + size > self.config.max_media_bytes:
+                raise TriptychError(
+                    ErrorKind.OVERLOADED,
+                    f"the requests in flight hold {self._media_bytes / 2**20:.1f} MiB of media embeddings, and "
+                    f"{size / 2**20:.1f} more would exceed max_media_mb "
+                    f"{self.config.max_media_bytes / 2**20:g}; try again later",
+                    None,
+                    _STAGE,
+                )
+            self._in_flight += count
+            self._media_bytes += size
 
     def _post(self, command: Callable[[], None]) -> bool:
         """Have the engine's thread run a command; False where it has taken its last."""
@@ -198,11 +289,31 @@ class Engine:
             self._wake.notify()
             return True
 
+    def _compiled(self, answer: Answer, outcome: xgrammar.CompiledGrammar | TriptychError) -> None:
+        """Go on with a request whose grammar is there; on a thread of the compiler."""
+        if isinstance(outcome, TriptychError):
+            error = outcome
+            self._post(lambda: self._fail(answer, error))
+            return
+        stop_ids = self._stop_ids(answer.sampling)
+        try:
+            for request in answer.choices:
+                state = request.sampler
+                state.grammar = GrammarState(outcome, stop_ids, self._runner.vocab_size)
+                state.needs_history, state.plain = True, False
+        except Exception as failure:
+            logger.exception("the grammar of request %r cannot be used", answer.request_id)
+            error = _stage_failed(failure)
+            self._post(lambda: self._fail(answer, error))
+            return
+        self._post(lambda: self._start(answer))
+
     # what follows runs on the engine's thread
 
     def _loop(self) -> None:
         if self._device.index is not None and self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+        fatal = False
         with torch.inference_mode():
             while self._wait():
                 try:
@@ -210,36 +321,52 @@ class Engine:
                 except Exception as error:
                     # a fault of the engine itself: nothing is known about anybody's state
                     logger.exception("the engine failed outside of a request")
-                    self._fail_all(_stage_failed(error))
-                    if _device_lost(error):
+                    fatal = device_lost(error)
+                    self._fail_all(_dead(error) if fatal else _stage_failed(error))
+                    if fatal:
                         with self._wake:
                             self._closing = True
             self._run_commands(last=True)
             self._fail_all(_stopped())
+        if fatal and self._on_fatal is not None:
+            self._on_fatal()
 
     def _wait(self) -> bool:
         """Sleep while there is nothing to do; False when closing."""
+        scheduler = self._scheduler
         with self._wake:
-            if not (self._inbox or self._closing or self._requests):
+            idle = not (self._inbox or scheduler.running or scheduler.waiting or self._pipeline.flight)
+            if idle and not self._closing:
                 self._telemetry.set("triptych_heartbeat_timestamp_seconds", time.time())
-                self._wake.wait(self.config.heartbeat_s)
+                # requests that wait for their grammar still have timeouts
+                self._wake.wait(_CHECK_S if self._answers else self.config.heartbeat_s)
             return not self._closing
 
     def _iterate(self) -> None:
-        busy = bool(self._requests)
+        busy = bool(self._answers)
         self._run_commands()
         now = self._clock()
         if now >= self._next_check or not busy:
             self._next_check = now + _CHECK_S
             self._look_after(now)
-        self._step()
-        if busy and not self._requests:
+        plan = self._pipeline.advance(self._scheduler)
+        if plan.preempted:
+            self._telemetry.add("triptych_preemptions_total", len(plan.preempted))
+        if plan.work:
+            self._telemetry.observe("triptych_batch_size", len(plan.work))
+            self._telemetry.observe("triptych_engine_step_seconds", self._pipeline.last_s)
+            self._log.add(plan.work)
+        self._delivery.flush()
+        self._log.write(now, self._scheduler)
+        if busy and not self._answers:
             self._look_after(now)
-            if self._pool.num_free != self._pool.num_blocks:
+            if not self._scheduler.idle:
                 # raises, naming the blocks
                 self._scheduler.check()
 
     def _run_commands(self, last: bool = False) -> None:
+        if not (last or self._inbox):
+            return
         with self._wake:
             self._stopped = last
             commands = list(self._inbox)
@@ -249,206 +376,157 @@ class Engine:
 
     def _fail_all(self, error: TriptychError) -> None:
         """End every request and start from an empty cache."""
-        for request in self._requests:
-            request.done = True
-            self._count_out(request, error.kind.value)
-            self._deliver(request, error)
-        self._requests.clear()
-        self._pool = BlockPool(self.config.num_blocks, self.config.block_size)
-        self._scheduler = Scheduler(self._pool, self.config.max_running, self.config.max_step_tokens)
+        answers = list(self._answers)
+        self._answers.clear()
+        self._pipeline.flight = None
+        self._scheduler = Scheduler(self.config)
+        for answer in answers:
+            answer.done = True
+            for request in answer.choices:
+                request.done = True
+                request.sampler.release()
+            self._count_out(answer, error.kind.value)
+            answer.deliver(error)
 
-    def _take(self, request: Request) -> None:
-        self._requests[request] = None
-        self._scheduler.add(request)
+    def _register(self, answer: Answer) -> None:
+        self._answers[answer] = None
+        if answer.sampling.grammar is None:
+            self._start(answer)
+
+    def _start(self, answer: Answer) -> None:
+        # the other choices follow when the prompt they share is computed
+        if not answer.done:
+            self._scheduler.add(answer.choices[0])
 
     def _cancel(self, request_ids: frozenset[str]) -> None:
-        for request in [r for r in self._requests if r.request_id in request_ids]:
-            self._fail(request, TriptychError(ErrorKind.CANCELLED, "the request was cancelled"))
+        for answer in [a for a in self._answers if a.request_id in request_ids]:
+            self._fail(answer, TriptychError(ErrorKind.CANCELLED, "the request was cancelled"))
 
     def _renew(self, request_ids: frozenset[str]) -> None:
         now = self._clock()
-        for request in self._requests:
-            if request.request_id in request_ids:
-                request.renewed = now
+        for answer in self._answers:
+            if answer.request_id in request_ids:
+                answer.renewed = now
 
     def _look_after(self, now: float) -> None:
         """Timeouts, leases, heartbeats and gauges."""
-        for request in list(self._requests):
-            limits = request.limits
-            if now - request.arrival >= limits.timeout_s:
-                message = f"the request was not finished within {limits.timeout_s:g} s"
-                self._fail(request, TriptychError(ErrorKind.TIMEOUT, message))
-            elif limits.lease_s is not None and now - request.renewed >= limits.lease_s:
-                message = f"the request's lease of {limits.lease_s:g} s was not renewed"
-                self._fail(request, TriptychError(ErrorKind.CANCELLED, message))
-            elif now - request.last_sent >= self.config.heartbeat_s:
-                self._send(request, Delta(), now)
+        for answer in list(self._answers):
+            if now - answer.arrival >= answer.timeout_s:
+                message = f"the request was not finished within {answer.timeout_s:g} s"
+                self._fail(answer, TriptychError(ErrorKind.TIMEOUT, message))
+            elif answer.lease_s is not None and now - answer.renewed >= answer.lease_s:
+                message = f"the request's lease of {answer.lease_s:g} s was not renewed"
+                self._fail(answer, TriptychError(ErrorKind.CANCELLED, message))
+            elif now - answer.last_sent >= self.config.heartbeat_s:
+                self._send(answer, Delta(), now)
         self._telemetry.set("triptych_requests_running", len(self._scheduler.running))
         self._telemetry.set("triptych_requests_waiting", len(self._scheduler.waiting))
-        self._telemetry.set("triptych_kv_cache_usage_ratio", self._pool.usage)
+        self._telemetry.set("triptych_kv_cache_usage_ratio", self._scheduler.usage)
         self._telemetry.set("triptych_heartbeat_timestamp_seconds", time.time())
 
-    def _step(self) -> None:
-        plan = self._scheduler.plan()
-        if plan.preempted:
-            self._telemetry.add("triptych_preemptions_total", len(plan.preempted))
-        if not plan.tokens:
+    def _took(self, work: Work, sampled: Sequence[Sampled]) -> None:
+        """A request's part of a step was read: keep what is right of it, say what is new."""
+        request = work.request
+        if not sampled:
+            self._scheduler.commit(work, work.count)
             return
-        self._telemetry.observe("triptych_batch_size", len(plan.tokens))
-        try:
-            outcome = self._compute(plan.tokens)
-        except Exception as error:
-            if _device_lost(error):
-                raise
-            logger.exception("a step of %d requests failed; computing them one by one", len(plan.tokens))
-            outcome = self._compute_each(plan.tokens)
-        now = self._clock()
-        for request, sampled in outcome.items():
-            try:
-                self._scheduler.advance(request, plan.tokens[request])
-                if sampled is not None:
-                    self._accept(request, sampled, now)
-            except Exception as error:
-                logger.exception("request %r failed", request.request_id)
-                self._fail(request, _stage_failed(error))
-
-    def _compute(self, tokens: Mapping[Request, int]) -> dict[Request, Sampled | None]:
-        """Run one step; requests whose prompt is not complete yet have no sampled token."""
-        slices = {request: request.slice(count) for request, count in tokens.items()}
-        logits = self._runner.forward(list(slices.values()))
-        wanting = [request for request, part in slices.items() if part.num_logits]
-        sampled = self._sampler.sample(logits, [r.sampler for r in wanting]) if wanting else []
-        chosen = dict(zip(wanting, sampled, strict=True))
-        return {request: chosen.get(request) for request in tokens}
-
-    def _compute_each(self, tokens: Mapping[Request, int]) -> dict[Request, Sampled | None]:
-        """As `_compute`, but a request that raises is failed and harms no other.
-
-        Computing a slice twice is harmless: it writes the same values into the same slots.
-        """
-        outcome: dict[Request, Sampled | None] = {}
-        for request, count in tokens.items():
-            try:
-                outcome |= self._compute({request: count})
-            except Exception as error:
-                if _device_lost(error):
-                    raise
-                logger.exception("request %r fails by itself", request.request_id)
-                self._fail(request, _stage_failed(error))
-        return outcome
-
-    def _accept(self, request: Request, sampled: Sampled, now: float) -> None:
-        """Take a new token: text, end, delta."""
-        token_id = sampled.token_id
-        if token_id < 0:
+        right = 1
+        for draft, one in zip(work.drafts, sampled, strict=False):
+            if one.token_id != draft:
+                break
+            right += 1
+        new = sampled[:right]
+        if new[-1].token_id < 0:
             raise ValueError("the model gave no usable logits (NaN or infinite)")
-        request.output_ids.append(token_id)
-        request.sampler.accept(token_id)
-        self._measure(request, now)
-        finish, matched, text = self._advance_text(request, token_id)
-        logprobs: tuple[TokenLogprob, ...] = ()
-        if sampled.logprob is not None:
-            logprobs = (self._token_logprob(sampled, sampled.logprob),)
-        if request.stream:
-            delta = Delta(text, (token_id,), logprobs, finish, matched, request.usage() if finish else None)
-            if finish:
-                self._finish(request, delta)
-            else:
-                self._send(request, delta, now)
-            return
-        request.text.append(text)
-        request.logprobs.extend(logprobs)
-        if finish:
-            answer = "".join(request.text)
-            ids, known = tuple(request.output_ids), tuple(request.logprobs)
-            self._finish(request, Delta(answer, ids, known, finish, matched, request.usage()))
+        for one in new:
+            request.append(one.token_id)
+        request.num_tokens += right - 1
+        self._scheduler.commit(work, work.count - work.num_logits + right)
+        if work.drafts and request.speculation is not None:
+            request.speculation.report(len(work.drafts), right - 1)
+            self._telemetry.add("triptych_draft_tokens_total", len(work.drafts))
+            self._telemetry.add("triptych_accepted_draft_tokens_total", right - 1)
+        choice = request.choice
+        assert choice is not None
+        answer = choice.answer
+        if request.index == 0 and not choice.num_output:
+            for other in answer.choices[1:]:
+                self._scheduler.add(other, request.number)
+        delta = self._delivery.take(request, choice, new, self._pipeline.read_at)
+        if choice.ended:
+            self._end(request, choice, delta)
+        elif delta is not None:
+            self._send(answer, delta, self._pipeline.read_at)
 
-    def _advance_text(self, request: Request, token_id: int) -> tuple[str, str | int | None, str]:
-        """Finish reason, what matched, and new text after a token; that of a token that ends the answer is left out."""
-        params = request.sampling
-        count = len(request.output_ids)
-        ends = token_id in params.stop_token_ids or (token_id in self.config.eos_token_ids and not params.ignore_eos)
-        # before min_tokens the sampler does not choose such a token
-        if ends:
-            return "stop", token_id, request.detokenizer.finish()
-        piece = request.detokenizer.add(token_id)
-        if piece.matched_stop is not None:
-            return "stop", piece.matched_stop, piece.text
-        if count >= request.limits.max_tokens:
-            return "length", None, piece.text + request.detokenizer.finish()
-        return "", None, piece.text
+    def _end(self, request: Request, choice: Choice, delta: Delta | None) -> None:
+        answer = choice.answer
+        answer.num_open -= 1
+        self._free(request)
+        if not answer.num_open:
+            self._leave(answer, "ok")
+        if delta is not None:
+            answer.last_sent = self._pipeline.read_at
+            if not answer.deliver(delta, final=not answer.num_open) and answer.num_open:
+                self._fail(answer, _undelivered())
 
-    def _token_logprob(self, sampled: Sampled, logprob: float) -> TokenLogprob:
-        names = self._vocabulary
-        top = tuple((i, names.text(i), value, names.data(i)) for i, value in sampled.top)
-        token_id = sampled.token_id
-        return TokenLogprob(token_id, names.text(token_id), logprob, names.data(token_id), top)
-
-    def _measure(self, request: Request, now: float) -> None:
-        if request.last_token is None:
-            self._telemetry.add("triptych_prompt_tokens_total", len(request.prompt))
-            if request.num_cached:
-                self._telemetry.add("triptych_cached_tokens_total", request.num_cached)
-            self._telemetry.observe("triptych_time_to_first_token_seconds", now - request.arrival)
-        else:
-            self._telemetry.observe("triptych_inter_token_seconds", now - request.last_token)
-        self._telemetry.add("triptych_generation_tokens_total")
-        request.last_token = now
-
-    def _send(self, request: Request, delta: Delta, now: float) -> None:
-        request.last_sent = now
-        if not self._deliver(request, delta):
+    def _send(self, answer: Answer, delta: Delta, now: float) -> None:
+        answer.last_sent = now
+        if not answer.deliver(delta):
             # nobody can hear it any more
-            self._fail(request, TriptychError(ErrorKind.CANCELLED, "the answer could not be delivered"))
+            self._fail(answer, _undelivered())
 
-    def _finish(self, request: Request, delta: Delta) -> None:
-        if self._leave(request, "ok"):
-            self._deliver(request, delta, final=True)
+    def _fail_alone(self, request: Request, error: Exception) -> None:
+        """End a request, with all its choices, for what happened to one of them."""
+        if request.choice is None or request.done:
+            return
+        # whatever went wrong may have left NaN in its blocks
+        for group, blocks in enumerate(self._scheduler.poison(request)):
+            if blocks:
+                self._runner.scrub(group, blocks)
+        self._fail(request.choice.answer, _stage_failed(error))
 
-    def _fail(self, request: Request, error: TriptychError) -> None:
+    def _fail(self, answer: Answer, error: TriptychError) -> None:
         """End a request with an error, once."""
-        if error.kind is ErrorKind.STAGE_FAILED and request.block_table:
-            # whatever went wrong may have left NaN in its blocks
-            self._runner.scrub(0, self._pool.unpublish(request.block_table))
-        if self._leave(request, error.kind.value):
-            self._deliver(request, error)
+        if answer.done:
+            return
+        for request in answer.choices:
+            if not request.done:
+                self._free(request)
+        self._leave(answer, error.kind.value)
+        answer.deliver(error)
 
-    def _leave(self, request: Request, outcome: str) -> bool:
-        """Free everything a request holds; False where it had left before."""
-        if request.done:
-            return False
+    def _free(self, request: Request) -> None:
+        """Take one choice out of the engine."""
         request.done = True
         self._scheduler.remove(request)
-        del self._requests[request]
-        self._count_out(request, outcome)
-        return True
+        request.sampler.release()
 
-    def _count_out(self, request: Request, outcome: str) -> None:
+    def _leave(self, answer: Answer, outcome: str) -> None:
+        answer.done = True
+        del self._answers[answer]
+        self._count_out(answer, outcome)
+
+    def _count_out(self, answer: Answer, outcome: str) -> None:
         with self._wake:
-            self._in_flight -= 1
+            self._in_flight -= len(answer.choices)
+            self._media_bytes -= answer.prompt.media_bytes
         self._telemetry.add("triptych_requests_total", outcome=outcome)
-        self._telemetry.observe("triptych_stage_seconds", self._clock() - request.arrival)
-
-    def _deliver(self, request: Request, answer: Delta | TriptychError, final: bool = False) -> bool:
-        """Hand an answer to the responder; False where that raised."""
-        try:
-            if isinstance(answer, TriptychError):
-                request.responder.fail(answer)
-            else:
-                request.responder.send(answer, final=final)
-        except Exception:
-            logger.exception("the responder of request %r failed", request.request_id)
-            return False
-        return True
-
-
-def _device_lost(error: Exception) -> bool:
-    """After such an error every further call of CUDA in this process fails; running out of memory is none."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+        self._telemetry.observe("triptych_stage_seconds", self._clock() - answer.arrival)
 
 
 def _stopped() -> TriptychError:
     return TriptychError(ErrorKind.STAGE_DEAD, "the language model has stopped", None, _STAGE)
+
+
+def _undelivered() -> TriptychError:
+    return TriptychError(ErrorKind.CANCELLED, "the answer could not be delivered")
+
+
+def _dead(error: Exception) -> TriptychError:
+    if isinstance(error, TriptychError):
+        return error
+    message = f"the language model lost its device and is restarted: {type(error).__name__}: {error}"
+    return TriptychError(ErrorKind.STAGE_DEAD, message, None, _STAGE)
 
 
 def _stage_failed(error: Exception) -> TriptychError:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...contract.delta import TokenLogprob, Usage
 from ...contract.plan import MediaItem
-from ...contract.sampling import SamplingParams
 from ..runner.step import MediaRows, Slice
+from .blocks import BlockTable
 
 if TYPE_CHECKING:
-    from ...stage import Responder
-    from .detokenizer import Detokenizer
-    from .sampler import SamplerState
+    from .delivery import Choice
+    from .speculation import PromptLookup
+
+_NEVER = 2**62
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Prompt:
         rope_delta: position of generated token number k is L + rope_delta + k on every axis.
         items: the media, for usage and for the keys of the prefix cache.
         media: rows of each encoder.
+        spans: [start, end) of bidirectional attention, ascending, apart from each other.
     """
 
     token_ids: NDArray[np.int64]
@@ -39,137 +41,228 @@ class Prompt:
     rope_delta: int = 0
     items: tuple[MediaItem, ...] = ()
     media: tuple[MediaRows, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
 
+    @property
+    def media_bytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(part.rows.nbytes for part in self.media)
 
-@dataclass(frozen=True)
-class Limits:
-    """When a request ends in any case, in seconds of the engine's clock.
+
+class Work:
+    """What one step computes of one request.
 
     Attributes:
-        max_tokens: tokens it may generate.
-        lease_s: it ends when not renewed for this long; None for no lease.
-        timeout_s: it ends after this long.
+        request: whose tokens.
+        start, count: the tokens [start, start + count).
+        drafts: guesses, the last of those tokens.
+        num_logits: 0 inside a prompt, else 1 + guesses.
+        number: of the generated token that the first logits choose.
+        late: the first token is in flight: it is known to the device only.
+        seating: of the request's blocks, see :attr:`Request.seating`.
     """
 
-    max_tokens: int
-    lease_s: float | None
-    timeout_s: float
+    __slots__ = ("count", "drafts", "late", "num_logits", "number", "request", "seating", "start")
+
+    def __init__(self, request: Request, count: int, drafts: Sequence[int] = ()) -> None:
+        """Put the next ``count`` tokens of a request, guesses included, to work."""
+        self.request = request
+        self.start = start = request.num_scheduled
+        self.count = count
+        self.drafts = drafts
+        self.seating = request.seating
+        self.late = start >= request.num_known
+        request.num_scheduled = end = start + count
+        self.number = request.num_tokens - request.num_prompt
+        if end >= request.num_tokens:
+            self.num_logits = 1 + len(drafts)
+            request.num_tokens += 1
+        else:
+            self.num_logits = 0
+
+    @property
+    def current(self) -> bool:
+        """Whether the request still holds the blocks that this was computed in."""
+        return self.seating == self.request.seating
+
+    def undo(self) -> None:
+        """As if this work, the request's latest, had never been planned."""
+        request = self.request
+        if self.current:
+            request.num_scheduled = self.start
+        if self.num_logits:
+            request.num_tokens -= 1
+
+    def slice(self) -> Slice:
+        """The tensors of this work."""
+        return self.request.slice(self)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
-    """One request from arrival to its last answer; owned by the engine's thread once submitted.
+    """One answer in the making, as scheduler and runner see it; owned by the engine's thread once submitted.
 
     Tokens of a request, as half-open intervals::
 
-        [0, num_computed)            keys and values lie in the blocks of block_table
-        [num_computed, num_tokens)   known, not computed yet: the rest of a prompt, or the token sampled last
-        [0, len(prompt))             the prompt; what follows was generated
+        [0, num_computed)            keys and values lie in the blocks of the tables
+        [num_computed, num_scheduled)   a step that computes them is queued
+        [num_scheduled, num_tokens)  to be computed: the rest of a prompt, or the token sampled last
+        [0, num_prompt)              the prompt; what follows was generated
+        [num_known, num_tokens)      at most one: sampled in the step that is queued, not known to the host yet
     """
 
     request_id: str
     prompt: Prompt
-    sampling: SamplingParams
-    limits: Limits
-    responder: Responder
-    detokenizer: Detokenizer
-    sampler: SamplerState
+    max_tokens: int
     block_size: int
-    stream: bool = True
-    arrival: float = 0.0
+    num_groups: int = 1
+    priority: int = 0
+    index: int = 0
+    """Number of the choice among those of the same prompt."""
+    salt: str = ""
+    cacheable: bool = True
+    sampler: Any = None
+    choice: Choice | None = None
+    speculation: PromptLookup | None = None
+    speculative_tokens: int = 0
 
-    output_ids: list[int] = field(default_factory=list)
-    num_computed: int = 0
-    num_cached: int = 0
-    num_published: int = 0
-    block_table: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
-    admitted_before: bool = False
     number: int = 0
+    num_prompt: int = 0
+    num_tokens: int = 0
+    num_known: int = 0
+    num_scheduled: int = 0
+    num_computed: int = 0
+    limit: int = 0
+    """Tokens at which it ends in any case."""
+    num_cached: int = 0
+    started: bool = False
 
-    renewed: float = 0.0
-    last_sent: float = 0.0
-    last_token: float | None = None
-    text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    slot: int = -1
+    seating: int = 0
+    """Counts how often the request lost its blocks; what was computed in earlier ones is not in the present ones."""
+    seated_at: int = 0
+    """The step in which it got the present ones."""
+    num_hit: int = 0
+    """Tokens that the prefix cache gave then."""
+    room: int = 0
+    """Tokens that its blocks have places for."""
+    tables: tuple[BlockTable, ...] = ()
+    views: tuple[NDArray[np.int32], ...] = ()
+    keys: list[bytes] = field(default_factory=list)
+    publish_at: int = _NEVER
+    """Computed tokens at which the next block is full."""
     done: bool = False
 
+    _ids: NDArray[np.int64] = field(init=False)
+    _positions: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = self.num_tokens = self.num_known = len(self.prompt)
+        self.limit = self.num_prompt + self.max_tokens
+        self.tables = tuple(BlockTable() for _ in range(self.num_groups))
+        self._ids = self.prompt.token_ids
+        self._positions = self.prompt.position_ids
+
     @property
-    def num_tokens(self) -> int:
-        """Known tokens: prompt and output."""
-        return len(self.prompt) + len(self.output_ids)
+    def num_output(self) -> int:
+        """Generated tokens that are known."""
+        return self.num_known - self.num_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The generated tokens that are known."""
+        ids: list[int] = self._ids[self.num_prompt : self.num_known].tolist()
+        return ids
 
     @property
     def num_pending(self) -> int:
-        """Known tokens whose keys and values are not computed."""
-        return self.num_tokens - self.num_computed
+        """Tokens that no step computes yet."""
+        return self.num_tokens - self.num_scheduled
 
-    def slice(self, count: int) -> Slice:
-        """The next ``count`` tokens to compute."""
-        start, end = self.num_computed, self.num_computed + count
+    @property
+    def in_flight(self) -> bool:
+        """Whether a token is sampled, but not known to the host."""
+        return self.num_tokens > self.num_known
+
+    def append(self, token_id: int) -> None:
+        """Take a token that became known."""
+        if self.num_known >= self._ids.shape[0]:
+            self._extend(self.num_known + 1)
+        self._ids[self.num_known] = token_id
+        self.num_known += 1
+        if self.speculation is not None:
+            self.speculation.append(token_id)
+
+    def cut(self, end: int) -> int:
+        """The largest place up to ``end`` that is in the middle of no span."""
+        spans = self.prompt.spans
+        at = bisect.bisect_left(spans, (end, 0)) - 1
+        return spans[at][0] if at >= 0 and end < spans[at][1] else end
+
+    def span_end(self, start: int) -> int:
+        """End of the uncuttable piece that begins at ``start``: of a span, else of one token."""
+        spans = self.prompt.spans
+        at = bisect.bisect_left(spans, (start, 0))
+        return spans[at][1] if at < len(spans) and spans[at][0] == start else start + 1
+
+    def slice(self, work: Work) -> Slice:
+        """The tensors of a part of this request."""
+        start, end = work.start, work.start + work.count
+        if end > self._ids.shape[0]:
+            self._extend(end)
+        ids = self._ids[start:end]
+        if work.drafts:
+            ids = ids.copy()
+            ids[-len(work.drafts) :] = work.drafts
+        positions = self._positions[:, start:end]
+        if start >= self.num_prompt:
+            return Slice(ids, positions, start, self.views, self.slot, work.late, num_logits=work.num_logits)
         media = []
         for part in self.prompt.media:
             low, high = np.searchsorted(part.positions, (start, end))
             if low < high:
                 media.append(MediaRows(part.positions[low:high] - start, part.rows[low:high]))
+        spans = tuple((s - start, e - start) for s, e in self.prompt.spans if s >= start and e <= end)
         return Slice(
-            token_ids=self._tokens(start, end),
-            position_ids=self._positions(start, end),
-            start=start,
-            block_tables=(np.asarray(self.block_table, dtype=np.int32),),
-            media=tuple(media),
-            num_logits=int(end == self.num_tokens),
+            ids, positions, start, self.views, self.slot, work.late, tuple(media), spans, num_logits=work.num_logits
         )
 
     def block_keys(self, num_tokens: int) -> Sequence[bytes]:
-        """Prefix-cache keys of the full blocks among the first ``num_tokens`` tokens."""
+        """Prefix-cache keys of the full blocks among the first ``num_tokens`` tokens, which are known."""
         count = num_tokens // self.block_size
         while len(self.keys) < count:
             start = len(self.keys) * self.block_size
             end = start + self.block_size
-            digest = hashlib.blake2b(self.keys[-1] if self.keys else b"", digest_size=16)
-            digest.update(self._tokens(start, end).tobytes())
+            digest = hashlib.blake2b(self.keys[-1] if self.keys else self.salt.encode(), digest_size=16)
+            digest.update(self._ids[start:end].tobytes())
             # equal features may stand at other positions (frame rates of a video), so positions count too
-            digest.update(self._positions(start, end).tobytes())
-            for mark in self._media_marks(start, end):
+            digest.update(self._positions[:, start:end].tobytes())
+            for mark in self._marks(start, end):
                 digest.update(mark)
             self.keys.append(digest.digest())
-        return self.keys[:count]
+        return self.keys if len(self.keys) == count else self.keys[:count]
 
-    def usage(self) -> Usage:
-        """Token counts so far."""
-        rows = {"image": 0, "video": 0, "audio": 0}
-        for item in self.prompt.items:
-            rows[item.modality] += item.num_rows
-        return Usage(
-            prompt_tokens=len(self.prompt),
-            cached_tokens=self.num_cached,
-            completion_tokens=len(self.output_ids),
-            image_tokens=rows["image"],
-            video_tokens=rows["video"],
-            audio_tokens=rows["audio"],
-        )
+    def _extend(self, size: int) -> None:
+        """Room for ``size`` tokens, and more, with the positions of those to come."""
+        have = self._ids.shape[0]
+        size = max(size, min(self.limit, have + max(64, have // 2)))
+        ids = np.zeros(size, dtype=np.int64)
+        ids[: self.num_known] = self._ids[: self.num_known]
+        positions = np.empty((self._positions.shape[0], size), dtype=np.int64)
+        positions[:, :have] = self._positions
+        positions[:, have:] = np.arange(have, size) + self.prompt.rope_delta
+        self._ids, self._positions = ids, positions
 
-    def _tokens(self, start: int, end: int) -> NDArray[np.int64]:
-        length = len(self.prompt)
-        if end <= length:
-            return self.prompt.token_ids[start:end]
-        tail = np.asarray(self.output_ids[max(start - length, 0) : end - length], dtype=np.int64)
-        return tail if start >= length else np.concatenate([self.prompt.token_ids[start:], tail])
+    def _marks(self, start: int, end: int) -> list[bytes]:
+        """What decides the content of [start, end) beside tokens and positions.
 
-    def _positions(self, start: int, end: int) -> NDArray[np.int64]:
-        length, axes = len(self.prompt), self.prompt.position_ids.shape[0]
-        if end <= length:
-            return self.prompt.position_ids[:, start:end]
-        tail = np.arange(max(start, length), end, dtype=np.int64) + self.prompt.rope_delta
-        spread = np.broadcast_to(tail, (axes, tail.shape[0]))
-        return spread if start >= length else np.concatenate([self.prompt.position_ids[:, start:], spread], axis=1)
-
-    def _media_marks(self, start: int, end: int) -> list[bytes]:
-        """What tells placeholders in [start, end) apart: whose rows they take, and which of them."""
+        That is whose rows placeholders take, and which of them, and where spans begin and end.
+        """
+        if start >= self.num_prompt:
+            return []
         marks = []
         for item in self.prompt.items:
             row = 0
@@ -178,9 +271,18 @@ class Request:
                 if first < last:
                     marks.append(f"{item.digest}:{row + first - low}:{first - start}:{last - start};".encode())
                 row += high - low
+        marks.extend(f"{s - start}-{e - start};".encode() for s, e in self.prompt.spans if s < end and e > start)
         return marks
 
 
 def draw_seed() -> int:
     """A seed for a request that brought none."""
     return secrets.randbits(63)
+
+
+def seed_of_choice(seed: int, index: int) -> int:
+    """The seed of one of several answers to a prompt; the first one's is the request's own."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
+import bisect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .blocks import BlockPool, OutOfBlocks
-from .request import Request
+from .blocks import BlockPool
+from .config import EngineConfig
+from .request import _NEVER, Request, Work
+
+_UNCHUNKED = 8192
+"""Where prompts are not cut, whole ones join a step up to this many tokens."""
+_MOST_DRAFTS = 128
+"""Guessed tokens in one step: more of them would slow down everybody's step."""
 
 
 @dataclass(frozen=True)
@@ -15,79 +21,149 @@ class StepPlan:
     """One step of the engine.
 
     Attributes:
-        tokens: request -> how many of its pending tokens to compute. A prompt, a part of one, what is left of one
-            after a hit in the prefix cache, and a decode are all the same thing.
+        work: what it computes, the decodes first.
         preempted: requests that lost their blocks to others and will be computed again.
     """
 
-    tokens: Mapping[Request, int]
+    work: Sequence[Work]
     preempted: tuple[Request, ...] = ()
+
+    @property
+    def tokens(self) -> Mapping[Request, int]:
+        """Request -> how many of its tokens are computed."""
+        return {work.request: work.count for work in self.work}
 
 
 class Scheduler:
-    """First come, first served, within three bounds: KV blocks, running requests and tokens per step.
+    """Who computes what, within three bounds: KV blocks, running requests and tokens per step.
 
-    A request gets the blocks for all its known tokens when it is admitted and one more at a time while it decodes.
-    When none is left, the request that came last gives its blocks back, goes to the front of the queue and is
-    computed again later (recompute keeps its generated tokens, so the answer stays the same). Therefore all running
-    requests came before all waiting ones, and the oldest always goes on. Decodes take their token before prompts
-    take what is left of a step.
+    Rank: higher priority first, then first come. Requests are admitted in the order of their ranks, nobody overtakes.
+    An admitted one gets the blocks for all its tokens, or, in groups of layers with a window, those of each step in
+    turn. When blocks run out, the running request of the lowest rank gives its own back and is computed again later
+    (recompute keeps its generated tokens, so the answer stays the same). A request may also be admitted in the place
+    of one of lower priority. The running request of the highest rank can thus always go on, and the oldest of a
+    priority gives way only to higher priorities.
+
+    A step holds one token of every decoding request, then guesses of their next ones, then prompts. Of what is left
+    for prompts, the first in line gets half, the others get the rest, the one with the fewest tokens left first, and
+    what they do not need goes back to the first. So streams never wait for more than one chunk of a long prompt, nor
+    do short prompts wait for it, and it is itself never starved. Uncuttable spans are taken whole by the first in
+    line; others wait until they fit.
     """
 
-    def __init__(self, pool: BlockPool, max_running: int, max_step_tokens: int) -> None:
-        """Args: ``max_running`` requests at once, ``max_step_tokens`` tokens computed in one step at most."""
-        self.pool = pool
-        self.max_running = max_running
-        self.max_step_tokens = max_step_tokens
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._windows = config.windows
+        self._has_windows = any(window is not None for window in config.windows)
+        self.pools = tuple(BlockPool(count, config.block_size) for count in config.num_blocks)
+        self.block_size = config.block_size
+        self.max_step_tokens = config.max_step_tokens
+        # every one that runs can decode in the same step
+        self.max_running = min(config.max_running, config.max_step_tokens or config.max_running)
         self.running: list[Request] = []
-        self.waiting: deque[Request] = deque()
+        self.waiting: list[Request] = []
+        self._slots = list(range(config.max_running - 1, -1, -1))
         self._added = 0
+        self._step = 0
+        self._preempted: list[Request] = []
 
-    def add(self, request: Request) -> None:
-        """Queue a request; it must fit into the whole pool when alone."""
-        self._added += 1
-        request.number = self._added
-        self.waiting.append(request)
+    @property
+    def usage(self) -> float:
+        """Share of blocks in use of the fullest pool, 0 to 1."""
+        return max(pool.usage for pool in self.pools)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no block is in use."""
+        return all(pool.num_free == pool.num_blocks for pool in self.pools)
+
+    def add(self, request: Request, number: int | None = None) -> None:
+        """Queue a request; it must fit into the whole pools when alone.
+
+        Args:
+            request: a new one.
+            number: of the request whose place in the line it shares; None for the end of the line.
+        """
+        if number is None:
+            self._added += 1
+            number = self._added
+        request.number = number
+        bisect.insort(self.waiting, request, key=_rank)
 
     def remove(self, request: Request) -> None:
         """Take a request out, whatever its state, and free its blocks."""
-        if request in self.running:
+        if request.slot >= 0:
             self.running.remove(request)
+            self._unseat(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self._release(request)
 
     def plan(self) -> StepPlan:
         """Decide the next step, preempting and admitting as needed."""
-        tokens: dict[Request, int] = {}
-        preempted: list[Request] = []
-        # never more than a step takes: nobody is admitted into a step that they fill
-        for request in [r for r in self.running if r.num_pending == 1]:
-            if request in preempted or not self._grow(request, preempted):
+        self._step += 1
+        self._preempted = []
+        counts: dict[Request, int] = {}
+        prompts: list[Request] = []
+        guessing: list[Request] = []
+        stalled = False
+        for request in self.running.copy():
+            pending = request.num_tokens - request.num_scheduled
+            if request.slot < 0 or request.num_tokens >= request.limit:
+                # preempted a moment ago, or its last token is on its way
                 continue
-            tokens[request] = 1
-        budget = self.max_step_tokens - len(tokens)
-        for request in self.running:
-            if budget and request.num_pending > 1:
-                tokens[request] = count = min(request.num_pending, budget)
-                budget -= count
-        while budget and self.waiting and not preempted and len(self.running) < self.max_running:
-            request = self.waiting[0]
-            if not self._admit(request):
-                break
-            self.waiting.popleft()
-            self.running.append(request)
-            tokens[request] = count = min(request.num_pending, budget)
-            budget -= count
-        return StepPlan(tokens, tuple(preempted))
+            if pending > 1:
+                prompts.append(request)
+                continue
+            if request.speculation is not None and request.speculation.active:
+                if request.in_flight:
+                    # a guess begins with a known token
+                    continue
+                guessing.append(request)
+            if request.num_scheduled >= request.room and not self._grow(request, 1, 1, counts):
+                stalled = True
+                continue
+            counts[request] = 1
+        budget = (self.max_step_tokens or _UNCHUNKED) - len(counts)
+        if self.waiting and not stalled and not self._preempted:
+            budget = self._admit_waiting(budget, prompts, counts)
+        drafts = self._guess(guessing, counts, budget // 2) if guessing else {}
+        budget -= sum(map(len, drafts.values()))
+        if prompts and budget > 0:
+            # decodes may have preempted some
+            self._add_prompts([r for r in prompts if r.slot >= 0], budget, counts)
+        work = [Work(request, count, drafts.get(request, ())) for request, count in counts.items()]
+        return StepPlan(work, tuple(self._preempted))
 
-    def advance(self, request: Request, count: int) -> None:
-        """Record that ``count`` tokens were computed; blocks that became full are known to the prefix cache."""
-        request.num_computed += count
-        keys = request.block_keys(request.num_computed)
-        for index in range(request.num_published, len(keys)):
-            self.pool.publish(request.block_table[index], keys[index])
-        request.num_published = len(keys)
+    def again(self, work: Work) -> Work:
+        """The same work, after :meth:`Work.undo`, as the request stands now."""
+        request = work.request
+        request.started = True
+        return Work(request, work.count, work.drafts)
+
+    def commit(self, work: Work, count: int) -> None:
+        """Record that the first ``count`` tokens of some work are computed and right; they are known by now.
+
+        Blocks that became full are known to the prefix cache; those that fell out of a window are given back.
+        """
+        request = work.request
+        if not work.current:
+            return
+        request.num_computed = end = work.start + count
+        if count < work.count:
+            request.num_scheduled = end
+        if end >= request.publish_at:
+            self._publish(request, end)
+        if self._has_windows:
+            self._release_passed(request, end)
+
+    def poison(self, request: Request) -> list[list[int]]:
+        """Forget what a request computed, because it is wrong.
+
+        Returns:
+            For each group the blocks to blank, which nobody else uses.
+        """
+        keys = request.keys[: request.num_computed // self.block_size] if request.cacheable else []
+        return [pool.forget(keys, table.held) for pool, table in zip(self.pools, request.tables, strict=True)]
 
     def check(self) -> None:
         """Verify the invariants of queues and blocks.
@@ -95,52 +171,260 @@ class Scheduler:
         Raises:
             AssertionError: that says which does not hold.
         """
-        self.pool.check([r.block_table for r in self.running])
-        if any(r.block_table or r.num_computed for r in self.waiting):
+        for group, pool in enumerate(self.pools):
+            pool.check([r.tables[group].held for r in self.running])
+        if any(len(table) for r in self.waiting for table in r.tables):
             raise AssertionError("a waiting request holds blocks")
+        if any(r.num_scheduled or r.slot >= 0 for r in self.waiting):
+            raise AssertionError("a waiting request has computed tokens or a slot")
         if len(self.running) > self.max_running:
             raise AssertionError(f"{len(self.running)} requests run, {self.max_running} may")
+        slots = sorted([r.slot for r in self.running] + self._slots)
+        if slots != list(range(self._config.max_running)):
+            raise AssertionError("a slot is lost or taken twice")
         for request in self.running:
-            if len(request.block_table) * self.pool.block_size < request.num_computed:
-                raise AssertionError(f"request {request.request_id!r} computed more tokens than it has blocks for")
-        order = [r.number for r in (*self.running, *self.waiting)]
-        if order != sorted(order):
-            raise AssertionError("a request overtook one that came before it")
+            name = request.request_id
+            if not request.num_computed <= request.num_scheduled <= request.room:
+                raise AssertionError(f"request {name!r} computed more tokens than it has blocks for")
+            for table, window in zip(request.tables, self._windows, strict=True):
+                if table.first > _first_seen(window, request.num_computed, self.block_size):
+                    raise AssertionError(f"request {name!r} gave back a block that it still sees")
+        for queue in (self.running, self.waiting):
+            if [_rank(r) for r in queue] != sorted(_rank(r) for r in queue):
+                raise AssertionError("a queue is out of order")
+        # the further choices of a prompt come into the line late, at the place of the first
+        late = {r.number for r in self.waiting if r.index}
+        newest: dict[int, int] = {}
+        for request in self.running:
+            newest[request.priority] = request.number
+        for request in self.waiting:
+            if request.number < newest.get(request.priority, 0) and request.number not in late:
+                raise AssertionError("a request overtook one that came before it")
 
-    def _admit(self, request: Request) -> bool:
-        """Give a waiting request the blocks of all its known tokens, known ones from the prefix cache."""
+    def _admit_waiting(self, budget: int, prompts: list[Request], counts: dict[Request, int]) -> int:
+        """Seat waiting requests; returns what is left of the budget."""
+        while self.waiting and budget > 0:
+            request = self.waiting[0]
+            if request.in_flight or request in self._preempted:
+                # its newest token comes with the step that is queued; or it gave way to others in this step
+                break
+            if len(self.running) >= self.max_running or not self._seat(request):
+                victim = self.running[-1] if self.running else None
+                if victim is None or victim.priority >= request.priority:
+                    break
+                budget += counts.get(victim, 0)
+                self._preempt(victim, counts)
+                continue
+            self.waiting.remove(request)
+            request.slot = self._slots.pop()
+            request.seated_at = self._step
+            bisect.insort(self.running, request, key=_rank)
+            if request.num_pending > 1:
+                bisect.insort(prompts, request, key=_rank)
+            elif request.num_scheduled < request.room or self._grow(request, 1, 1, counts):
+                counts[request] = 1
+                request.started = True
+                budget -= 1
+        return budget
+
+    def _guess(self, guessing: list[Request], counts: dict[Request, int], budget: int) -> dict[Request, list[int]]:
+        """Guesses for decodes of this step, as far as blocks are free and tokens are left."""
+        budget = min(budget, _MOST_DRAFTS)
+        drafts: dict[Request, list[int]] = {}
+        for request in guessing:
+            speculation = request.speculation
+            if speculation is None or request not in counts or budget < 1:
+                continue
+            most = min(budget, request.speculative_tokens, request.limit - request.num_tokens - 1)
+            draft = speculation.propose(most)
+            if draft and request.num_scheduled + 1 + len(draft) > request.room:
+                granted = self._extend(request, 2, 1 + len(draft))
+                draft = draft[: max(granted - 1, 0)]
+            if draft:
+                drafts[request] = draft
+                counts[request] += len(draft)
+                budget -= len(draft)
+        return drafts
+
+    def _add_prompts(self, prompts: list[Request], budget: int, counts: dict[Request, int]) -> None:
+        """Share a budget of tokens among prompts, which are in the order of their ranks."""
+        for request in prompts:
+            if not request.started and request.seated_at != self._step:
+                self._reseat(request)
+        shares = self._share(prompts, budget)
+        for request in prompts:
+            share = shares.get(request, 0)
+            if not share or request.slot < 0:
+                continue
+            if request.num_scheduled + share > request.room:
+                least = request.span_end(request.num_scheduled) - request.num_scheduled
+                share = self._grow(request, least, share, counts)
+                share = request.cut(request.num_scheduled + share) - request.num_scheduled
+            if share:
+                counts[request] = share
+                request.started = True
+
+    def _share(self, prompts: list[Request], budget: int) -> dict[Request, int]:
+        if not prompts:
+            return {}
+        first, *others = prompts
+        shares = {first: self._chunk(first, budget - budget // 2 if others else budget, True)}
+        left = budget - shares[first]
+        for request in sorted(others, key=lambda r: r.num_tokens - r.num_scheduled):
+            if left <= 0:
+                break
+            shares[request] = share = self._chunk(request, left, False)
+            left -= share
+        if left > 0 and others:
+            shares[first] = self._chunk(first, shares[first] + left, True)
+        return shares
+
+    def _chunk(self, request: Request, most: int, first: bool) -> int:
+        """How many of its next tokens a request computes out of ``most``; the first in line computes some always."""
+        pending = request.num_tokens - request.num_scheduled
+        if not self.max_step_tokens:
+            return pending if first or pending <= most else 0
+        start = request.num_scheduled
+        end = request.cut(start + min(pending, most))
+        if end <= start and first:
+            end = request.span_end(start)
+        return end - start
+
+    def _seat(self, request: Request, again: bool = False) -> bool:
+        """Give a request the blocks of all its tokens, known ones from the prefix cache; False where too few are free.
+
+        In groups with a window it gets only what the cache has; the rest must be free for its first step, unless it
+        had a place before (``again``).
+        """
         # the newest token is always computed: its logits are needed
-        cached = self.pool.acquire(request.block_keys(request.num_tokens - 1))
-        needed = self.pool.blocks_for(request.num_tokens) - len(cached)
+        keys = request.block_keys(request.num_tokens - 1) if request.cacheable else ()
+        hit = self._match(request, keys)
+        total = -(-request.num_tokens // self.block_size)
         # a little room for those who decode, else the newcomer would soon be preempted again
-        reserve = min(len(self.running), self.pool.num_blocks // 50)
-        if self.pool.num_free < needed + reserve:
-            self.pool.release(cached)
+        others = 0 if again else len(self.running)
+        step = min(request.num_tokens, self.max_step_tokens or request.num_tokens)
+        fits = True
+        for pool, window, table in zip(self.pools, self._windows, request.tables, strict=True):
+            first = _first_seen(window, hit * self.block_size, self.block_size)
+            table.start(first, pool.acquire(keys[first:hit]))
+            needed = total - hit
+            if window is not None:
+                span = self._config.blocks_of_span(window, step)
+                needed = 0 if again else min(needed, span, pool.num_blocks - (hit - first))
+            fits = fits and pool.num_free >= needed + min(others, pool.num_blocks // 50)
+        if not fits:
+            for pool, table in zip(self.pools, request.tables, strict=True):
+                pool.release(table.clear())
             return False
-        request.block_table = cached + self.pool.allocate(needed)
-        request.num_computed = len(cached) * self.pool.block_size
-        request.num_published = len(cached)
-        if not request.admitted_before:
-            request.num_cached = request.num_computed
-            request.admitted_before = True
+        for pool, window, table in zip(self.pools, self._windows, request.tables, strict=True):
+            if window is None:
+                table.extend(pool.allocate(total - hit))
+        self._note_tables(request)
+        request.num_hit = request.num_scheduled = request.num_computed = hit * self.block_size
+        request.publish_at = request.num_hit + self.block_size if request.cacheable else _NEVER
+        if not request.started:
+            request.num_cached = request.num_hit
         return True
 
-    def _grow(self, request: Request, preempted: list[Request]) -> bool:
-        """Make room for one more token; False where the request itself had to give way."""
-        while len(request.block_table) * self.pool.block_size <= request.num_computed:
-            try:
-                request.block_table += self.pool.allocate(1)
-            except OutOfBlocks:
-                # it comes after `request` in this step's order, so nothing was planned for it yet
-                victim = self.running.pop()
-                self._release(victim)
-                self.waiting.appendleft(victim)
-                preempted.append(victim)
-                if victim is request:
-                    return False
-        return True
+    def _reseat(self, request: Request) -> None:
+        """Look into the prefix cache once more for a request that waited for its first step: others computed since."""
+        keys = request.block_keys(request.num_tokens - 1) if request.cacheable else ()
+        if self._match(request, keys) * self.block_size <= request.num_hit:
+            return
+        for pool, table in zip(self.pools, request.tables, strict=True):
+            pool.release(table.clear())
+        # what it held is enough: every block more that the cache gives is one less to take
+        if not self._seat(request, again=True):
+            raise AssertionError(f"request {request.request_id!r} does not fit into its own blocks")
 
-    def _release(self, request: Request) -> None:
-        self.pool.release(request.block_table)
-        request.block_table = []
-        request.num_computed = 0
+    def _match(self, request: Request, keys: Sequence[bytes]) -> int:
+        """Blocks at the beginning that need not be computed.
+
+        Groups without a window know all of them, groups with one know those that the next token sees.
+        """
+        count = len(keys)
+        for pool, window in zip(self.pools, self._windows, strict=True):
+            if window is None:
+                count = pool.count_known(keys[:count])
+        settled = False
+        while count and not settled:
+            # a span is computed whole or not at all
+            edge = request.cut(count * self.block_size) // self.block_size
+            settled = edge == count
+            count = edge
+            for pool, window in zip(self.pools, self._windows, strict=True):
+                if window is None:
+                    continue
+                first = _first_seen(window, count * self.block_size, self.block_size)
+                for index in range(count - 1, first - 1, -1):
+                    if keys[index] not in pool:
+                        count, settled = index, False
+                        break
+        return count
+
+    def _extend(self, request: Request, least: int, most: int) -> int:
+        """Blocks for up to ``most`` more tokens from what is free: how many, or 0 where it is not even ``least``."""
+        end = request.num_scheduled + most
+        size = self.block_size
+        for pool, table in zip(self.pools, request.tables, strict=True):
+            end = min(end, (len(table) + pool.num_free) * size)
+        count = end - request.num_scheduled
+        if count < least:
+            return 0
+        blocks = -(-end // size)
+        for pool, table in zip(self.pools, request.tables, strict=True):
+            if blocks > len(table):
+                table.extend(pool.allocate(blocks - len(table)))
+        self._note_tables(request)
+        return count
+
+    def _grow(self, request: Request, least: int, most: int, counts: dict[Request, int]) -> int:
+        """As `_extend`, at the cost of requests of lower rank where needed; 0 where even that is too little."""
+        while not (count := self._extend(request, least, most)):
+            victim = self.running[-1]
+            if victim is request:
+                return 0
+            self._preempt(victim, counts)
+        return count
+
+    def _preempt(self, victim: Request, counts: dict[Request, int]) -> None:
+        self.running.remove(victim)
+        self._unseat(victim)
+        counts.pop(victim, None)
+        bisect.insort(self.waiting, victim, key=_rank)
+        self._preempted.append(victim)
+
+    def _unseat(self, request: Request) -> None:
+        for pool, table in zip(self.pools, request.tables, strict=True):
+            pool.release(table.clear())
+        self._slots.append(request.slot)
+        request.slot = -1
+        request.seating += 1
+        request.num_scheduled = request.num_computed = request.room = 0
+
+    def _publish(self, request: Request, end: int) -> None:
+        keys = request.block_keys(end)
+        for index in range(request.publish_at // self.block_size - 1, len(keys)):
+            for pool, table in zip(self.pools, request.tables, strict=True):
+                if index >= table.first:
+                    pool.publish(table[index], keys[index])
+        request.publish_at = (len(keys) + 1) * self.block_size
+
+    def _release_passed(self, request: Request, end: int) -> None:
+        for pool, window, table in zip(self.pools, self._windows, request.tables, strict=True):
+            first = _first_seen(window, end, self.block_size)
+            if first > table.first:
+                pool.release(table.drop_before(first))
+
+    def _note_tables(self, request: Request) -> None:
+        request.views = tuple(table.view for table in request.tables)
+        request.room = min(map(len, request.tables)) * self.block_size
+
+
+def _rank(request: Request) -> tuple[int, int, int]:
+    return (-request.priority, request.number, request.index)
+
+
+def _first_seen(window: int | None, position: int, block_size: int) -> int:
+    """The first block of which tokens at ``position`` and beyond see anything."""
+    return 0 if window is None else max(0, position - window + 1) // block_size
