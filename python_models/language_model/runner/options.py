@@ -25,7 +25,7 @@ class RunnerOptions:
     kv_cache_dtype: str = "auto"
     context_length: int = 2**17
     graph_batch: int = 0
-    window_groups: bool = False
+    window_groups: bool = True
 
     @classmethod
     def of(cls, settings: Settings, context_length: int, device: str) -> RunnerOptions:
