@@ -71,7 +71,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
     half = cos.shape[-1]
     wide = x.float()
     rotated = wide[..., : 2 * half]
-    first, second = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else (rotated[..., :half], rotated[..., half:])
+    if interleaved:
+        first, second = rotated[..., ::2], rotated[..., 1::2]
+    else:
+        first, second = rotated[..., :half], rotated[..., half:]
     a, b = first * cos - second * sin, second * cos + first * sin
     parts = [torch.stack([a, b], dim=-1).flatten(-2)] if interleaved else [a, b]
     if 2 * half < x.shape[-1]:

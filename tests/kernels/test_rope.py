@@ -54,7 +54,7 @@ def _inputs(device, dtype, tokens, heads, kv_heads, width, half, norm):
     return qkv, angles.cos(), angles.sin(), slots, options
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "width", "half"),
     [
@@ -66,8 +66,7 @@ def _inputs(device, dtype, tokens, heads, kv_heads, width, half, norm):
         (2, 28, 4, 16, 4),
     ],
 )
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+@pytest.mark.parametrize(("interleaved", "offset"), [(False, None), (True, None), (False, 0.0), (True, 1.0)])
 def test_equals_the_reference(device, assert_close, dtype, tokens, heads, kv_heads, width, half, interleaved, offset):
     qkv, cos, sin, slots, options = _inputs(device, dtype, tokens, heads, kv_heads, width, half, offset is not None)
     options |= {"interleaved": interleaved, "norm_offset": offset or 0.0}
