@@ -44,16 +44,9 @@ def build(
         spec = read_spec(decoder.text_model, decoder.lm_head, decoder.config, decoder.num_axes)
         fuser = Fuser(spec, source or modules, shard)
         with torch.no_grad():
+            table, norm = fuser.whole("embed_tokens.weight"), fuser.whole("norm.weight")
             layers = [fuser.layer(layer) for layer in spec.layers]
-            fused = FusedDecoder(
-                spec,
-                fuser.whole("embed_tokens.weight"),
-                layers,
-                fuser.whole("norm.weight"),
-                fuser.head(),
-                shard,
-                collectives,
-            )
+            fused = FusedDecoder(spec, table, layers, norm, fuser.head(table), shard, collectives)
     except UnfitError as unfit:
         return str(unfit)
     if not check:

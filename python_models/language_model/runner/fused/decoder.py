@@ -15,7 +15,7 @@ from ..executor import Deepstack, LayerShape
 from .ops import experts, route
 from .shard import Alone, Collectives, Shard
 from .spec import DecoderSpec, RopeSpec
-from .weights import Head, Layer, Linear, Mlp, Moe
+from .weights import Layer, Linear, Mlp, Moe
 
 FEW_ROWS = 64
 """Beyond so many rows no linear is a kernel of its own."""
@@ -34,7 +34,7 @@ class FusedDecoder:
         table: torch.Tensor,
         layers: Sequence[Layer],
         norm: torch.Tensor,
-        head: Head,
+        head: Linear,
         shard: Shard,
         collectives: Collectives | None = None,
     ) -> None:
@@ -43,7 +43,7 @@ class FusedDecoder:
         self._table = table
         self._layers = tuple(layers)
         self._norm = norm
-        self._head = head.rows
+        self._head = head
         self._alone = shard.size == 1
         self._plain_residual = spec.residual_scale == 1
         # the residual is added by one rank, before the sum over all

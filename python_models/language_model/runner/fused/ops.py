@@ -1,29 +1,10 @@
-"""Linear and expert operations in plain torch, until those of ``kernels`` are there."""
+"""Expert operations in plain torch, until those of ``kernels.moe`` are there."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from .....kernels.activation import gated
-from .....kernels.norm import rms_norm
-
-
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    norm: tuple[torch.Tensor, float, float] | None = None,
-    gate: str | None = None,
-) -> torch.Tensor:
-    if norm is not None:
-        x = rms_norm(x, norm[0], norm[1], offset=norm[2])[0]
-    x = F.linear(x, weight, bias)
-    if gate:
-        x = gated(x, gate)
-    return x if residual is None else x + residual
 
 
 def route(
@@ -36,6 +17,7 @@ def route(
     groups: tuple[int, int] = (1, 1),
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and numbers of the chosen experts."""
     scores = logits.float().softmax(-1) if scoring == "softmax" else logits.float().sigmoid()
     choice = scores if bias is None else scores + bias
     if groups[0] > 1:
@@ -60,6 +42,7 @@ def experts(
     activation: str,
     first_expert: int = 0,
 ) -> torch.Tensor:
+    """The chosen experts' weighted sum."""
     out = torch.zeros_like(x)
     for expert in range(len(gate_up)):
         token, place = (experts == expert + first_expert).nonzero(as_tuple=True)

@@ -71,13 +71,6 @@ class Layer:
     post_mlp_norm: torch.Tensor | None
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Head:
-    """Rows of the vocabulary that this rank has, filled up with zeros to the size of the largest part."""
-
-    rows: Linear
-
-
 class Fuser:
     """Takes weights from a source, layer by layer.
 
@@ -106,16 +99,17 @@ class Fuser:
         """A weight that every rank has."""
         return self._source.get(name)
 
-    def head(self) -> Head:
-        """The rows of the head; a tied head is a part of the token table."""
-        name = "embed_tokens.weight" if self._spec.tied else "lm_head.weight"
-        start, stop, part = self._shard.vocabulary(self._spec.vocab_size)
-        if self._shard.size == 1:
-            bias = self._source.get("lm_head.bias") if self._spec.head_bias else None
-            return Head(Linear(self._source.get(name), bias))
-        weight = _padded(self._source.get(name, 0, start, stop), part)
-        bias = _padded(self._source.get("lm_head.bias", 0, start, stop), part) if self._spec.head_bias else None
-        return Head(Linear(weight, bias))
+    def head(self, table: torch.Tensor) -> Linear:
+        """Rows of the vocabulary that this rank has, filled up with zeros to the size of the largest part.
+
+        A tied head is a view of ``table``, the token table.
+        """
+        spec, shard = self._spec, self._shard
+        start, stop, part = shard.vocabulary(spec.vocab_size)
+        span: tuple[int | None, ...] = (None, None, None) if shard.size == 1 else (0, start, stop)
+        weight = table[start:stop] if spec.tied else self._source.get("lm_head.weight", *span)
+        bias = self._source.get("lm_head.bias", *span) if spec.head_bias else None
+        return Linear(_padded(weight, part), None if bias is None else _padded(bias, part))
 
     def _norm(self, spec: LayerSpec, name: str) -> torch.Tensor:
         return self._source.get(f"{spec.path}.{name}.weight")
