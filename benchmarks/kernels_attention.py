@@ -6,7 +6,7 @@
 
 The shape is Qwen2.5-7B's attention (28 heads, 4 kv heads of 128) unless a row says otherwise. A row's calls walk
 through block tables that together point to more memory than the L2 cache holds, as the layers of a model do, and run in
-a CUDA graph. Decode is measured by bytes: keys and values once. Prefill by 4 * (visible pairs) * heads * head dim FLOPs.
+a CUDA graph. Decode is measured by bytes: keys and values once; prefill by FLOPs: 4 * visible pairs * heads * head dim.
 """
 
 from __future__ import annotations
@@ -327,7 +327,7 @@ def tune(limit: float) -> str:
         problem = Problem(row)
         size = len(row.contexts) * row.kv_heads if problem.short else problem.max_query_len
         key = (row.dim, row.pages.itemsize, size)
-        present = launching.choose(row.name, torch.cuda.get_device_capability(), *key)
+        present = launching.choose(launching.kind_of(problem.max_query_len), torch.cuda.get_device_capability(), *key)
         tried = list(dict.fromkeys([present, *candidates(problem)]))
         with ThreadPoolExecutor(16) as pool:
             # compiles them side by side; what does not fit the GPU drops out

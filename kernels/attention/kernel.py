@@ -114,7 +114,7 @@ def _pass(
 
 
 @triton.jit(
-    do_not_specialize=["table_row", "span_row"],
+    do_not_specialize=["table_row", "span_row", "splits"],
     do_not_specialize_on_alignment=["block_table", "context_lens", "query_starts", "spans", "sinks"],
 )
 def _attend_kernel(
@@ -127,8 +127,9 @@ def _attend_kernel(
     spans,  # int32 [T, 2], or None
     sinks,  # [H], or None
     out,  # [T, H, DV], written with one split
-    partial,  # float32 [T, H, SPLITS, DV], written with several: what each split gives by itself
-    log_sums,  # float32 [T, H, SPLITS]: log2 of the sum of exponentials of each split
+    partial,  # float32 [T, H, splits, DV], written with several: what each split gives by itself
+    log_sums,  # float32 [T, H, splits]: log2 of the sum of exponentials of each split
+    splits,
     scale,
     value_scale,
     query_token,
@@ -153,7 +154,6 @@ def _attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,  # 0: none
     SOFTCAP: tl.constexpr,  # 0: none
     PHASES: tl.constexpr,  # tiles that every row sees whole go without masks
@@ -167,8 +167,8 @@ def _attend_kernel(
         value_token = key_token
     request = tl.program_id(1)
     # the last tiles of a prompt see most, so they start first
-    tile = (tl.num_programs(2) - 1 - tl.program_id(2)) // SPLITS
-    split = tl.program_id(2) % SPLITS
+    tile = (tl.num_programs(2) - 1 - tl.program_id(2)) // splits
+    split = tl.program_id(2) % splits
     first_head = tl.program_id(0) * PACK
     kv_head = first_head // GROUP
     context = tl.load(context_lens + request)
@@ -202,8 +202,8 @@ def _attend_kernel(
             high = tl.maximum(high, tl.max(span_end, 0))
         high = tl.minimum(high, context)
         end = high
-        if SPLITS > 1:
-            share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), SPLITS) * BLOCK_N
+        if partial is not None:
+            share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), splits) * BLOCK_N
             low += split * share
             high = tl.minimum(high, low + share)
         acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
@@ -272,8 +272,8 @@ def _attend_kernel(
                     )
         wide_value = tl.arange(0, BLOCK_DV)
         mask = is_row[:, None] & (wide_value < DV)[None, :]
-        if SPLITS > 1:
-            place = (tokens * HEADS + heads) * SPLITS + split
+        if partial is not None:
+            place = (tokens * HEADS + heads) * splits + split
             # a row that sees nothing here has log sum -inf, and its part is never read
             some = total > 0
             total = tl.where(some, total, 1.0)
@@ -296,19 +296,19 @@ def _attend_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@triton.jit(do_not_specialize_on_alignment=["sinks"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["sinks"])
 def _merge_kernel(
-    partial,  # float32 [T, H, SPLITS, DV]
-    log_sums,  # float32 [T, H, SPLITS]
+    partial,  # float32 [T, H, splits, DV]
+    log_sums,  # float32 [T, H, splits]
     sinks,  # [H], or None
     out,  # [T, H, DV]
+    splits,
     value_scale,
     out_token,
     out_head,
     HEADS: tl.constexpr,
     DV: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # power of two, at least SPLITS
+    BLOCK_S: tl.constexpr,  # power of two, at least splits
     BLOCK_DV: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -319,9 +319,9 @@ def _merge_kernel(
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     columns = tl.program_id(2) * BLOCK_DV + tl.arange(0, BLOCK_DV)
-    splits = tl.arange(0, BLOCK_S)
-    place = (token * HEADS + head) * SPLITS + splits
-    sums = tl.load(log_sums + place, splits < SPLITS, other=float("-inf"))
+    split = tl.arange(0, BLOCK_S)
+    place = (token * HEADS + head) * splits + split
+    sums = tl.load(log_sums + place, split < splits, other=float("-inf"))
     there = sums > float("-inf")
     parts = tl.load(
         partial + place[:, None] * DV + columns[None, :], there[:, None] & (columns < DV)[None, :], other=0.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -16,8 +17,8 @@ from .kernel import _attend_kernel, _merge_kernel
 # longest query whose tokens are packed with the heads of a kv head, as decode does with its one token
 MAX_SHORT_QUERY = 16
 _LOG2E = 1.4426950408889634
-# a program of the merge holds all splits of a head at once
-_MAX_SPLITS = 128
+# a program of the merge holds all splits of a head at once; it comes in two sizes
+_FEW_SPLITS, _MAX_SPLITS = 16, 128
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -26,7 +27,7 @@ class Launch:
     """Launch parameters.
 
     Attributes:
-        block_m: most rows (queries) of a tile; tiles of short queries are no larger than they need.
+        block_m: rows (queries) of a tile; decode's tiles have no more than a kv head's query heads need.
         block_n: keys of a tile.
         num_warps, num_stages: as Triton means them.
         programs_per_sm: keys are shared out over splits until there are this many programs for each SM.
@@ -41,7 +42,9 @@ class Launch:
 
 Table = dict[tuple[int, int, int], Launch]
 
-# (padded head dim, bytes of an element of the pages, requests x kv heads) of decode and short queries.
+# compute capability -> (padded head dim, bytes of an element of the pages, size) -> parameters. The size is requests
+# x kv heads, and for prefill the longest query. (0, 0) is any other GPU: at most 64 KiB of shared memory up to head
+# dim 256.
 DECODE: dict[tuple[int, int], Table] = {
     (9, 0): {
         (64, 1, 4): Launch(64, 64, 4, 3, 4),
@@ -61,7 +64,6 @@ DECODE: dict[tuple[int, int], Table] = {
         (1024, 2, 4): Launch(16, 16, 4, 2, 2),
         (1024, 4, 4): Launch(16, 16, 8, 1, 1),
     },
-    # any other GPU: within 64 KiB of shared memory up to head dim 256
     (0, 0): {
         (128, 1, 4): Launch(32, 32, 4, 2, 4),
         (128, 2, 4): Launch(32, 32, 4, 2, 4),
@@ -74,7 +76,34 @@ DECODE: dict[tuple[int, int], Table] = {
         (1024, 4, 4): Launch(16, 16, 8, 1, 2),
     },
 }
-# (padded head dim, bytes of an element of the pages, longest query) of prefill
+# queries of 2 to MAX_SHORT_QUERY tokens
+VERIFY: dict[tuple[int, int], Table] = {
+    (9, 0): {
+        (64, 1, 4): Launch(64, 64, 4, 3, 2),
+        (64, 2, 4): Launch(64, 64, 4, 3, 2),
+        (64, 4, 4): Launch(32, 32, 4, 2, 2),
+        (128, 1, 4): Launch(64, 64, 8, 3, 2),
+        (128, 2, 4): Launch(64, 64, 8, 3, 2),
+        (128, 4, 4): Launch(16, 16, 8, 2, 2),
+        (256, 1, 4): Launch(32, 32, 8, 2, 2),
+        (256, 2, 4): Launch(64, 32, 8, 2, 2),
+        (256, 4, 4): Launch(16, 16, 4, 2, 2),
+        (1024, 1, 4): Launch(16, 16, 4, 2, 2),
+        (1024, 2, 4): Launch(16, 16, 4, 2, 2),
+        (1024, 4, 4): Launch(16, 16, 8, 1, 1),
+    },
+    (0, 0): {
+        (128, 1, 4): Launch(64, 32, 4, 2, 4),
+        (128, 2, 4): Launch(64, 32, 4, 2, 4),
+        (128, 4, 4): Launch(16, 16, 8, 2, 4),
+        (256, 1, 4): Launch(32, 16, 4, 2, 4),
+        (256, 2, 4): Launch(32, 16, 4, 2, 4),
+        (256, 4, 4): Launch(16, 16, 4, 1, 4),
+        (1024, 1, 4): Launch(16, 16, 4, 1, 2),
+        (1024, 2, 4): Launch(16, 16, 4, 1, 2),
+        (1024, 4, 4): Launch(16, 16, 8, 1, 2),
+    },
+}
 PREFILL: dict[tuple[int, int], Table] = {
     (9, 0): {
         (64, 1, 64): Launch(64, 64, 4, 3, 1),
@@ -107,29 +136,34 @@ PREFILL: dict[tuple[int, int], Table] = {
         (1024, 4, 64): Launch(16, 16, 8, 1, 1),
     },
 }
+TABLES = {"decode": DECODE, "verify": VERIFY, "prefill": PREFILL}
 
 
-@cache
-def choose(tables: str, arch: tuple[int, int], width: int, element: int, size: int, /) -> Launch:
+@lru_cache(maxsize=4096)
+def choose(kind: str, arch: tuple[int, int], width: int, element: int, size: int, /) -> Launch:
     """The entry for a shape: the narrowest head dim that is wide enough, then the nearest size.
 
     Args:
-        tables: "decode" or "prefill".
+        kind: which of TABLES.
         arch: compute capability.
         width: head dim, of keys or values, whichever is wider.
         element: bytes of an element of the pages.
-        size: requests x kv heads (decode), or the longest query (prefill).
+        size: requests x kv heads (decode, verify), or the longest query (prefill).
 
     Raises:
         ValueError: the head dim is wider than any entry.
     """
-    by_arch = DECODE if tables == "decode" else PREFILL
-    table = by_arch.get(arch, by_arch[0, 0])
+    table = TABLES[kind].get(arch, TABLES[kind][0, 0])
     fitting = [key for key in table if key[0] >= width and key[1] == element]
     if not fitting:
         raise ValueError(f"head dim {width} is too wide: at most {max(key[0] for key in table)}")
     nearest = min(fitting, key=lambda key: (key[0], abs(math.log2(key[2] / max(size, 1)))))
     return table[nearest]
+
+
+def kind_of(max_query_len: int) -> str:
+    """Which of TABLES is for queries of this length."""
+    return "decode" if max_query_len == 1 else "verify" if max_query_len <= MAX_SHORT_QUERY else "prefill"
 
 
 def share_out(programs: int, wanted: int, tiles: int) -> int:
@@ -173,11 +207,14 @@ def launch(
     width, element = max(dim, dim_value), key_pages.element_size()
     if params is None:
         size = requests * kv_heads if short else max_query_len
-        params = choose("decode" if short else "prefill", capability(query), width, element, size)
+        params = choose(kind_of(max_query_len), capability(query), width, element, size)
     pack = group if short else 1
-    block_m = min(params.block_m, max(16, next_power_of_2(max_query_len * pack)))
+    # the size of a tile does not follow the length of queries: every size would be compiled when it first comes
+    block_m = min(params.block_m, max(16, next_power_of_2(pack))) if max_query_len == 1 else params.block_m
     tiles = triton.cdiv(max_query_len * pack, block_m)
     programs = requests * (heads // pack) * tiles
+    if num_splits is not None and not 1 <= num_splits <= _MAX_SPLITS:
+        raise ValueError(f"{num_splits} splits; 1 to {_MAX_SPLITS} are possible")
     if num_splits is None:
         seen = blocks * page
         if window is not None:
@@ -209,6 +246,7 @@ def launch(
         out,
         partial,
         log_sums,
+        num_splits,
         scale if softcap else scale * _LOG2E,
         value_scale,
         query.stride(0),
@@ -233,7 +271,6 @@ def launch(
         BLOCK_D=max(16, next_power_of_2(dim)),
         BLOCK_DV=max(16, next_power_of_2(dim_value)),
         PAGE=page,
-        SPLITS=num_splits,
         WINDOW=window or 0,
         SOFTCAP=softcap or 0.0,
         PHASES=not short,
@@ -252,16 +289,69 @@ def launch(
             log_sums,
             sinks,
             out,
+            num_splits,
             value_scale,
             out.stride(0),
             out.stride(1),
             HEADS=heads,
             DV=dim_value,
-            SPLITS=num_splits,
-            BLOCK_S=next_power_of_2(num_splits),
+            BLOCK_S=_FEW_SPLITS if num_splits <= _FEW_SPLITS else _MAX_SPLITS,
             BLOCK_DV=columns,
             PDL=flag,
             num_warps=4,
             launch_pdl=flag,
         )
     return out
+
+
+def warm_up(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    spans: bool = False,
+) -> int:
+    """Compile and load all that a layer of this kind can ask for, so that no request waits for a compiler.
+
+    A prefill whose requests all have one token is left out: that is a decode.
+
+    Args:
+        query: [T, H, D], T >= 1, strides as in use. Nothing is read: the requests that are launched are padding.
+        spans: whether prefills may come with spans.
+
+    Returns:
+        Number of launches.
+    """
+    width, element = max(query.shape[2], value_pages.shape[3]), key_pages.element_size()
+    zeros = torch.zeros(4, dtype=torch.int32, device=query.device)
+    launches = 0
+    one_each = torch.arange(2, dtype=torch.int32, device=query.device)
+    prefills = itertools.product((2, MAX_SHORT_QUERY + 1), (one_each,), {False, spans})
+    for length, starts, with_spans in ((1, None, False), *prefills):
+        table = TABLES[kind_of(length)]
+        sizes = {key[2] for key in table.get(capability(query), table[0, 0])}
+        for params in {choose(kind_of(length), capability(query), width, element, size) for size in sizes}:
+            for num_splits in (1, _FEW_SPLITS, _MAX_SPLITS):
+                launch(
+                    query[:1],
+                    key_pages,
+                    value_pages,
+                    zeros[:1].view(1, 1),
+                    zeros[:1],
+                    starts,
+                    length,
+                    scaling=1.0,
+                    window=window,
+                    softcap=softcap,
+                    sinks=sinks,
+                    spans=zeros[:2].view(1, 2) if with_spans else None,
+                    key_scale=1.0,
+                    value_scale=1.0,
+                    num_splits=num_splits,
+                    params=params,
+                )
+                launches += 1
+    return launches

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from triptych.kernels import attention
+from triptych.kernels.attention import launch as launching
 from triptych.kernels.attention.launch import Launch, choose, launch, share_out
 
 FP8 = torch.float8_e4m3fn
@@ -341,6 +342,54 @@ def test_misfits_are_refused():
         attention.prefill(query, *memory, cache.context_lens, max_query_len=1, scaling=1.0)
 
 
+def test_warm_up_compiles_all_that_launches_need(device, monkeypatch):
+    """Whatever a request asks for later, its kernel was launched before."""
+    asked: set[Any] = set()
+    for name in ("_attend_kernel", "_merge_kernel"):
+        kernel = getattr(launching, name)
+
+        class Recorded:
+            def __init__(self, name: str, kernel: Any) -> None:
+                self.name, self.kernel = name, kernel
+
+            def __getitem__(self, grid: Any) -> Any:
+                def call(*args: Any, **constants: Any) -> None:
+                    asked.add((self.name, *(arg is None for arg in args), *sorted(constants.items(), key=str)))
+                    if device == "cuda":
+                        self.kernel[grid](*args, **constants)
+
+                return call
+
+        monkeypatch.setattr(launching, name, Recorded(name, kernel))
+    pages = torch.zeros(9, 2, 16, 64, device=device)
+    query = torch.zeros(300, 8, 64, device=device)
+    assert launching.warm_up(query, pages, pages, window=40, spans=True) > 0
+    warm = set(asked)
+    table = torch.zeros(3, 8, dtype=torch.int32, device=device)
+    for lengths in ([3, 1, 2], [16, 0, 0], [17, 1, 0], [40, 80, 3]):
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).to(torch.int32).to(device)
+        spans = torch.zeros(sum(lengths), 2, dtype=torch.int32, device=device)
+        options = {"scaling": 1.0, "softcap": None, "sinks": None, "key_scale": 1.0, "value_scale": 1.0, "window": 40}
+        for num_splits in (None, 1, 2, 17):
+            for given in (None, spans):
+                launch(
+                    query[: sum(lengths)],
+                    pages,
+                    pages,
+                    table,
+                    torch.tensor(lengths, dtype=torch.int32, device=device),
+                    starts,
+                    max(lengths),
+                    spans=given,
+                    num_splits=num_splits,
+                    **options,
+                )
+    for num_splits in (None, 1, 2, 17):
+        context_lens = torch.tensor([3, 60, 0], dtype=torch.int32, device=device)
+        launch(query[:3], pages, pages, table, context_lens, None, 1, spans=None, num_splits=num_splits, **options)
+    assert asked == warm
+
+
 def test_splits_fill_the_gpu_and_no_more():
     assert share_out(programs=4, wanted=528, tiles=512) == 128
     assert share_out(programs=128, wanted=528, tiles=512) == 4
@@ -351,7 +400,7 @@ def test_splits_fill_the_gpu_and_no_more():
 
 def test_the_table_has_an_entry_for_every_shape():
     for arch in ((9, 0), (8, 0), (12, 0), (0, 0)):
-        for tables in ("decode", "prefill"):
+        for tables in ("decode", "verify", "prefill"):
             for width in (16, 64, 80, 96, 128, 192, 256, 576):
                 for element in (1, 2, 4):
                     for size in (0, 1, 128, 100_000):

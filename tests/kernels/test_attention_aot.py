@@ -10,7 +10,7 @@ import triton.language as tl
 
 from triptych.kernels._launch import next_power_of_2
 from triptych.kernels.attention.kernel import _attend_kernel, _merge_kernel
-from triptych.kernels.attention.launch import MAX_SHORT_QUERY, choose
+from triptych.kernels.attention.launch import MAX_SHORT_QUERY, choose, kind_of
 
 SHARED_LIMIT = 227 * 1024
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
@@ -19,18 +19,18 @@ STRIDES += ("value_token", "out_token", "out_head")
 
 CASES: dict[str, dict[str, Any]] = {
     "decode": {},
-    "decode, split": {"splits": 64},
+    "decode, split": {"split": True},
     "decode, pages of 64": {"page": 64},
     "decode, float8 pages": {"pages": torch.float8_e4m3fn, "requests": 128},
-    "decode, gpt-oss": {"heads": (64, 8), "dim": 64, "window": 128, "sinks": True, "splits": 4},
-    "decode, gemma": {"heads": (16, 8), "dim": 256, "window": 1024, "softcap": 50.0, "splits": 4},
+    "decode, gpt-oss": {"heads": (64, 8), "dim": 64, "window": 128, "sinks": True, "split": True},
+    "decode, gemma": {"heads": (16, 8), "dim": 256, "window": 1024, "softcap": 50.0, "split": True},
     "decode, head dim 80": {"heads": (32, 32), "dim": 80},
-    "decode, latent": {"heads": (16, 1), "dim": 576, "dim_value": 512, "splits": 4},
+    "decode, latent": {"heads": (16, 1), "dim": 576, "dim_value": 512, "split": True},
     "decode, float32": {"dtype": torch.float32},
-    "verification": {"length": 5, "splits": 64},
-    "verification of 16": {"length": 16, "splits": 16},
+    "verification": {"length": 5, "split": True},
+    "verification of 16": {"length": 16, "split": True},
     "prefill": {"length": 2048},
-    "prefill, chunk": {"length": 128, "splits": 2},
+    "prefill, chunk": {"length": 128, "split": True},
     "prefill, pages of 64": {"length": 2048, "page": 64},
     "prefill, float8 pages": {"length": 2048, "pages": torch.float8_e4m3fn},
     "prefill, gemma 3": {"heads": (16, 8), "dim": 256, "length": 2048, "window": 1024, "spans": True},
@@ -58,7 +58,7 @@ def _compile(
     pages: torch.dtype | None = None,
     requests: int = 1,
     length: int = 1,
-    splits: int = 1,
+    split: bool = False,
     window: int = 0,
     softcap: float = 0.0,
     sinks: bool = False,
@@ -68,7 +68,7 @@ def _compile(
     short = length <= MAX_SHORT_QUERY
     pack = group if short else 1
     size = requests * heads[1] if short else length
-    params = choose("decode" if short else "prefill", (9, 0), dim, pages.itemsize, size)
+    params = choose(kind_of(length), (9, 0), dim, pages.itemsize, size)
     multiplied = tl.float16 if pages.itemsize == 1 else tl.dtype(NAMES[dtype])
     signature = {
         "query": f"*{NAMES[dtype]}:16",
@@ -77,6 +77,7 @@ def _compile(
         "block_table": "*i32",
         "context_lens": "*i32",
         "out": f"*{NAMES[dtype]}:16",
+        "splits": "i32",
         "scale": "fp32",
         "value_scale": "fp32",
         "table_row": "i32",
@@ -87,8 +88,8 @@ def _compile(
         "query_starts": (length > 1, "*i32"),
         "spans": (spans, "*i32"),
         "sinks": (sinks, f"*{NAMES[dtype]}"),
-        "partial": (splits > 1, "*fp32:16"),
-        "log_sums": (splits > 1, "*fp32:16"),
+        "partial": (split, "*fp32:16"),
+        "log_sums": (split, "*fp32:16"),
     }
     signature |= {name: kind for name, (there, kind) in optional.items() if there}
     constants = {
@@ -98,12 +99,11 @@ def _compile(
         "PACK": pack,
         "D": dim,
         "DV": dim_value,
-        "BLOCK_M": min(params.block_m, max(16, next_power_of_2(length * pack))),
+        "BLOCK_M": min(params.block_m, max(16, next_power_of_2(pack))) if length == 1 else params.block_m,
         "BLOCK_N": params.block_n,
         "BLOCK_D": next_power_of_2(dim),
         "BLOCK_DV": next_power_of_2(dim_value),
         "PAGE": page,
-        "SPLITS": splits,
         "WINDOW": window,
         "SOFTCAP": softcap,
         "PHASES": not short,
@@ -122,11 +122,11 @@ def _compile(
     )
 
 
-@pytest.mark.parametrize(("splits", "width", "sinks"), [(4, 128, True), (128, 128, False), (16, 64, False)])
+@pytest.mark.parametrize(("splits", "width", "sinks"), [(16, 128, True), (128, 128, False), (16, 64, False)])
 def test_merge_compiles(compile_sm90, splits, width, sinks):
     signature = {"partial": "*fp32:16", "log_sums": "*fp32:16", "out": "*bf16:16", "value_scale": "fp32"}
-    signature |= {"out_token": "i32:16", "out_head": "i32:16"} | ({"sinks": "*bf16"} if sinks else {})
-    constants = {"HEADS": 28, "DV": width, "SPLITS": splits, "BLOCK_S": splits, "BLOCK_DV": width, "PDL": True}
+    signature |= {"splits": "i32", "out_token": "i32:16", "out_head": "i32:16"} | ({"sinks": "*bf16"} if sinks else {})
+    constants = {"HEADS": 28, "DV": width, "BLOCK_S": splits, "BLOCK_DV": width, "PDL": True}
     constants |= {} if sinks else {"sinks": None}
     built = compile_sm90(_merge_kernel, signature, constants, num_warps=4, launch_pdl=True)
     assert built.shared < SHARED_LIMIT
