@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from triptych.python_models.contract.sampling import SamplingParams
-from triptych.python_models.language_model.engine.sampler import Sampler, SamplerState
+from triptych.python_models.language_model.engine.sampler import Sampled, Sampler, SampleRow, SamplerState
 
 V = 50
+SAMPLER = Sampler(V, "cpu")
 
 
 def prompt_of(length, seed=0):
@@ -21,9 +22,26 @@ def prompt_of(length, seed=0):
 
 def state(prompt=(1, 2, 3), seed=7, stop_ids=(), generated=(), **options):
     made = SamplerState(SamplingParams(**options), np.array(prompt), seed, frozenset(stop_ids), V)
+    made.told = list(generated)
     for token in generated:
         made.accept(token)
     return made
+
+
+def sample(logits: torch.Tensor, states: list[SamplerState]) -> list[Sampled]:
+    """One token for each row."""
+    return SAMPLER.launch(logits, at_once(states), torch.zeros(0, dtype=torch.int64)).result()
+
+
+def at_once(states):
+    return [SampleRow(one, -1, one.num_generated) for one in states]
+
+
+def adjusted(logits: torch.Tensor, *states: SamplerState) -> torch.Tensor:
+    """Scores [N, V] from which the tokens are chosen."""
+    rows = at_once(states)
+    sent = {name: torch.from_numpy(value) for name, value in SAMPLER._adjustments(rows).items()}
+    return SAMPLER._adjust(logits, rows, sent)
 
 
 def draws(logits, count=4000, **options):
@@ -31,7 +49,7 @@ def draws(logits, count=4000, **options):
     one = state(**options)
     seen = np.zeros(V)
     for _ in range(count):
-        token = Sampler().sample(logits[None], [one])[0].token_id
+        token = sample(logits[None], [one])[0].token_id
         seen[token] += 1
         one.accept(token)
     return seen / count
@@ -43,7 +61,7 @@ def logits():
 
 
 def test_temperature_zero_is_argmax(logits):
-    assert Sampler().sample(logits[None], [state(temperature=0)])[0].token_id == int(logits.argmax())
+    assert sample(logits[None], [state(temperature=0)])[0].token_id == int(logits.argmax())
 
 
 def test_draws_follow_the_distribution(logits):
@@ -83,14 +101,14 @@ def test_filters_combine_in_the_order_of_transformers(logits):
 
 
 def test_filters_that_keep_all_change_no_draw(logits):
-    plain = [Sampler().sample(logits[None], [state(seed=s)])[0].token_id for s in range(200)]
+    plain = [sample(logits[None], [state(seed=s)])[0].token_id for s in range(200)]
     open_filters = {"top_k": V + 10, "top_p": 1.0, "min_p": 0.0}
-    assert [Sampler().sample(logits[None], [state(seed=s, **open_filters)])[0].token_id for s in range(200)] == plain
+    assert [sample(logits[None], [state(seed=s, **open_filters)])[0].token_id for s in range(200)] == plain
     assert len(set(plain)) > 5
 
 
 def test_top_k_one_is_greedy(logits):
-    tokens = {Sampler().sample(logits[None], [state(top_k=1, seed=s)])[0].token_id for s in range(20)}
+    tokens = {sample(logits[None], [state(top_k=1, seed=s)])[0].token_id for s in range(20)}
     assert tokens == {int(logits.argmax())}
 
 
@@ -99,10 +117,10 @@ def test_a_row_is_the_same_alone_and_in_any_batch():
     rows = torch.randn(40, V, generator=generator) * 2
     kinds = [{}, {"top_p": 0.7}, {"top_k": 3}, {"temperature": 0}, {"min_p": 0.1}, {"repetition_penalty": 1.5}]
     states = [state(seed=i, generated=(4, 4, 9), **kinds[i % len(kinds)]) for i in range(40)]
-    alone = [Sampler().sample(row[None], [own])[0].token_id for row, own in zip(rows, states, strict=True)]
-    assert [s.token_id for s in Sampler().sample(rows, states)] == alone
+    alone = [sample(row[None], [own])[0].token_id for row, own in zip(rows, states, strict=True)]
+    assert [s.token_id for s in sample(rows, states)] == alone
     order = torch.randperm(40, generator=generator).tolist()
-    mixed = Sampler().sample(rows[order], [states[i] for i in order])
+    mixed = sample(rows[order], [states[i] for i in order])
     assert [s.token_id for s in mixed] == [alone[i] for i in order]
 
 
@@ -111,7 +129,7 @@ def test_repetition_penalty_is_that_of_transformers(logits):
     processor = transformers.RepetitionPenaltyLogitsProcessor(1.7)
     expected = processor(torch.tensor([prompt + generated]), logits[None].clone())
     own = state(prompt, generated=generated, repetition_penalty=1.7)
-    assert torch.equal(Sampler()._adjust(logits[None], [own]), expected)
+    assert torch.equal(adjusted(logits[None], own), expected)
 
 
 def test_presence_and_frequency_penalties_count_generated_tokens_only(logits):
@@ -119,14 +137,14 @@ def test_presence_and_frequency_penalties_count_generated_tokens_only(logits):
     expected = logits.clone()
     expected[9] -= 0.5 + 3 * 0.25
     expected[10] -= 0.5 + 0.25
-    torch.testing.assert_close(Sampler()._adjust(logits[None], [own])[0], expected)
+    torch.testing.assert_close(adjusted(logits[None], own)[0], expected)
 
 
 def test_logit_bias_forces_and_bans(logits):
     best = int(logits.argmax())
     ban = state(temperature=0, logit_bias={best: -100.0})
     force = state(logit_bias={17: 100.0})
-    tokens = [s.token_id for s in Sampler().sample(logits.repeat(2, 1), [ban, force])]
+    tokens = [s.token_id for s in sample(logits.repeat(2, 1), [ban, force])]
     assert tokens == [int(logits.topk(2).indices[1]), 17]
 
 
@@ -134,7 +152,7 @@ def test_stop_tokens_wait_for_min_tokens(logits):
     best = int(logits.argmax())
     options = {"temperature": 0, "min_tokens": 2, "stop_ids": (best,)}
     early, late = state(generated=(1,), **options), state(generated=(1, 2), **options)
-    tokens = [s.token_id for s in Sampler().sample(logits.repeat(2, 1), [early, late])]
+    tokens = [s.token_id for s in sample(logits.repeat(2, 1), [early, late])]
     assert tokens == [int(logits.topk(2).indices[1]), best]
 
 
@@ -142,13 +160,69 @@ def test_logprobs_are_of_the_raw_distribution(logits):
     raw = logits.log_softmax(-1)
     own = state(temperature=0.3, top_k=2, logit_bias={4: 50.0}, repetition_penalty=2.0, logprobs=True, top_logprobs=3)
     with_none = state(temperature=0)
-    out, other = Sampler().sample(logits.repeat(2, 1), [own, with_none])
+    out, other = sample(logits.repeat(2, 1), [own, with_none])
     assert out.token_id == 4
     assert out.logprob == pytest.approx(float(raw[4]), abs=1e-5)
     values, ids = raw.topk(3)
     assert [i for i, _ in out.top] == ids.tolist()
     assert [v for _, v in out.top] == pytest.approx(values.tolist(), abs=1e-5)
     assert other.logprob is None
+
+
+def test_tokens_reach_the_slots_on_the_device(logits):
+    rows = logits.repeat(4, 1)
+    rows[2, 5] = torch.nan
+    slots, last = [3, -1, 0, 5], torch.full((6,), 77)
+    made = [SampleRow(state(temperature=0), slot, 0) for slot in slots]
+    for _ in range(2):
+        out = SAMPLER.launch(rows, made, last).result()
+        best = int(logits.argmax())
+        assert [s.token_id for s in out] == [best, best, -1, best]
+        # what goes into the next step can be embedded, whatever it is
+        assert 0 <= last[0] < V
+        assert last.tolist()[1:] == [77, 77, best, 77, best]
+        last.fill_(77)
+
+
+def test_the_draw_depends_on_the_number_alone(logits):
+    one = state(seed=3)
+    numbers = list(range(50))
+    rows = [SampleRow(one, -1, number) for number in numbers]
+    together = [s.token_id for s in SAMPLER.launch(logits.repeat(50, 1), rows, torch.zeros(1)).result()]
+    for number, token in zip(numbers, together, strict=True):
+        alone = SAMPLER.launch(logits[None], [SampleRow(state(seed=3), -1, number)], torch.zeros(1)).result()
+        assert alone[0].token_id == token
+    assert len(set(together)) > 5
+
+
+def test_penalties_follow_the_tokens_step_by_step(logits):
+    """The table on the device is told of news only, and its rows are used again."""
+    sampler = Sampler(V, "cpu")
+    rng = random.Random(0)
+    for life in range(40):
+        prompt = rng.choices(range(-3, V + 3), k=rng.randrange(1, 30))
+        options = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.7}
+        states = [state(prompt, **options) for _ in range(rng.randrange(1, 4))]
+        for _ in range(5):
+            rows = at_once(states)
+            sent = {name: torch.from_numpy(value) for name, value in sampler._adjustments(rows).items()}
+            scores = sampler._adjust(logits.repeat(len(states), 1), rows, sent)
+            for one, score in zip(states, scores, strict=True):
+                expected = logits.clone()
+                for token in {t for t in prompt if 0 <= t < V} | set(one.told):
+                    value = expected[token]
+                    count = one.told.count(token)
+                    expected[token] = (value * 1.3 if value < 0 else value / 1.3) - 0.7 * count - 0.4 * (count > 0)
+                torch.testing.assert_close(score, expected)
+            for one in states:
+                token = rng.randrange(V)
+                one.accept(token)
+                one.told.append(token)
+        if life % 2:
+            for one in states:
+                one.release()
+        del states, one
+    assert sampler._counts.table.shape[0] == 8
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
@@ -159,7 +233,7 @@ def test_unusable_logits_are_told(poison, logits):
     else:
         bad[3] = poison
     for options in ({"temperature": 0}, {"temperature": 1.0}):
-        tokens = [s.token_id for s in Sampler().sample(torch.stack([bad, logits]), [state(**options)] * 2)]
+        tokens = [s.token_id for s in sample(torch.stack([bad, logits]), [state(**options)] * 2)]
         assert tokens[0] == -1
         assert tokens[1] >= 0
 
