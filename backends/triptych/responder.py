@@ -5,31 +5,49 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from triptych.python_models.contract.delta import Delta
+from triptych.python_models.contract.delta import Delta, put
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.tensors import StageSpec
 
 from .io import make_outputs
 
+# Responses per second at which deltas begin to be merged. Each takes about 50 us of the interpreter lock, which the
+# engine's thread needs too, and about as much again of whoever reads it.
+MERGE_ABOVE = 4000
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _LOG = logging.getLogger(__name__)
+_Content = Mapping[str, Any] | TriptychError
+# why the thread sleeps: nothing to send, or nothing that could not wait a little
+_BUSY, _PACED, _IDLE = range(3)
 
 
 class Sender:
-    """The one thread of a stub that talks to response senders."""
+    """The one thread of a stub that talks to response senders.
+
+    Deltas that wait for it are merged, one for each choice of a request. The thread goes over all requests in rounds
+    and pauses between them, so that it never sends more than :data:`MERGE_ABOVE` responses a second. A request's
+    first token, its last answer and whatever is no delta do not wait for a round.
+    """
 
     def __init__(self, spec: StageSpec, dtypes: Mapping[str, str]) -> None:
         """Args: as :func:`~.io.make_outputs`."""
         self._spec = spec
         self._dtypes = dtypes
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open: set[TritonResponder] = set()
+        self._urgent: deque[TritonResponder] = deque()
+        self._others: deque[TritonResponder] = deque()
+        self._next_round = 0.0
+        self._state = _BUSY
+        self._closing = False
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="triptych-sender", daemon=True)
         self._thread.start()
 
@@ -40,9 +58,32 @@ class Sender:
             self._open.add(responder)
         return responder
 
-    def put(self, responder: TritonResponder, content: Mapping[str, Any] | TriptychError, final: bool) -> None:
-        """Send one response after all that were put before; an error is always the final one."""
-        self._queue.put(lambda: self._send(responder, content, final))
+    def put(self, responder: TritonResponder, content: _Content | Delta, final: bool) -> None:
+        """Send one response after all of this responder that were put before; after the final one, nothing.
+
+        Deltas that wait are merged, so it is not always a response of its own.
+        """
+        with self._lock:
+            # nothing may be queued behind the final response
+            if responder.final:
+                return
+            responder.add(content)
+            responder.final = final
+            urgent = final or not isinstance(content, Delta) or not responder.has_spoken
+            if isinstance(content, Delta) and content.token_ids:
+                responder.has_spoken = True
+            # it may stand in both lines; whoever comes to it second finds nothing
+            if urgent and not responder.is_urgent:
+                responder.is_urgent = True
+                self._urgent.append(responder)
+            elif not urgent and not responder.is_waiting:
+                responder.is_waiting = True
+                self._others.append(responder)
+            wake = self._state == _IDLE or (urgent and self._state == _PACED)
+            if wake:
+                self._state = _BUSY
+        if wake:
+            self._wake.put(None)
 
     def close(self, timeout_s: float) -> None:
         """End what is still open with an error, send what waits, stop the thread."""
@@ -50,22 +91,66 @@ class Sender:
             left = list(self._open)
         for responder in left:
             responder.fail(TriptychError(ErrorKind.STAGE_FAILED, "the stage was stopped while it worked on this"))
-        self._queue.put(None)
+        with self._lock:
+            self._closing = True
+        self._wake.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             _LOG.error("answers were still being sent %g s after the stage was stopped; they are lost", timeout_s)
 
     def _run(self) -> None:
-        while (action := self._queue.get()) is not None:
-            action()
+        while True:
+            pause: float | None = None
+            with self._lock:
+                batch, urgent = self._urgent, True
+                if not batch and self._others:
+                    pause = 0.0 if self._closing else self._next_round - time.monotonic()
+                    if pause <= 0:
+                        batch, urgent = self._others, False
+                if batch:
+                    due = list(batch)
+                    batch.clear()
+                elif self._closing:
+                    return
+                else:
+                    due = []
+                    self._state = _IDLE if pause is None else _PACED
+            if due:
+                began = time.monotonic()
+                count = sum([self._send_all(responder, urgent) for responder in due])
+                if not urgent:
+                    self._next_round = began + count / MERGE_ABOVE
+                continue
+            try:
+                self._wake.get(timeout=pause)
+            except queue.Empty:
+                with self._lock:
+                    self._state = _BUSY
 
-    def _send(self, responder: TritonResponder, content: Mapping[str, Any] | TriptychError, final: bool) -> None:
+    def _send_all(self, responder: TritonResponder, urgent: bool) -> int:
+        """Send what a request has to say; how many responses that took."""
+        with self._lock:
+            if urgent:
+                responder.is_urgent = False
+            else:
+                responder.is_waiting = False
+            waiting, responder.waiting = responder.waiting, []
+            final = responder.final
+        contents: list[_Content | Delta] = []
+        for item in waiting:
+            contents += item.values() if isinstance(item, _Deltas) else [item]
+        for number, content in enumerate(contents, 1):
+            self._send(responder, content, final and number == len(contents))
+        return len(contents)
+
+    def _send(self, responder: TritonResponder, content: _Content | Delta, final: bool) -> None:
         if responder.ended:
             return
         response = None
         if not isinstance(content, TriptychError):
             try:
-                response = pb_utils.InferenceResponse(make_outputs(content, self._spec, self._dtypes))
+                tensors = content.to_tensors() if isinstance(content, Delta) else content
+                response = pb_utils.InferenceResponse(make_outputs(tensors, self._spec, self._dtypes))
             except TriptychError as error:
                 content = error
             except Exception as error:  # noqa: BLE001 - one bad tensor must not end the thread all answers go through
@@ -94,38 +179,53 @@ class Sender:
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), code))
 
 
+class _Deltas(dict[int, Delta]):
+    """Deltas in a row, merged: one for each choice."""
+
+
 class TritonResponder:
     """The :class:`~triptych.python_models.stage.Responder` of one request.
 
     Attributes:
         wire: the request's InferenceResponseSender; only the sender thread uses it.
         ended: whether the final response has left; only the sender thread uses it.
+        waiting: what is to be sent, in order; as all that follows, guarded by the sender's lock.
+        final: the final response has been put; it is the last of ``waiting``, or has left.
+        has_spoken: it has put a token.
+        is_urgent, is_waiting: it stands in the sender's line of those who do not wait for a round, in that of those
+            who do.
     """
 
     def __init__(self, sender: Sender, wire: Any, decoupled: bool) -> None:
         """Args: the thread to send by, the request's sender, whether several responses are allowed."""
         self.wire = wire
         self.ended = False
+        self.waiting: list[_Content | _Deltas] = []
+        self.final = False
+        self.has_spoken = False
+        self.is_urgent = False
+        self.is_waiting = False
         self._sender = sender
         self._decoupled = decoupled
-        self._lock = threading.Lock()
-        self._done = False
 
     def send(self, answer: Mapping[str, Any] | Delta, *, final: bool) -> None:
         """Queue one response. The arrays must not change afterwards."""
         if not final and not self._decoupled:
             self.fail(TriptychError(ErrorKind.STAGE_FAILED, "the stage sent more than one answer; it must send one"))
             return
-        self._put(answer.to_tensors() if isinstance(answer, Delta) else answer, final)
+        self._sender.put(self, answer, final)
 
     def fail(self, error: TriptychError) -> None:
         """Queue an error as the final response."""
-        self._put(error, True)
+        self._sender.put(self, error, True)
 
-    def _put(self, content: Mapping[str, Any] | TriptychError, final: bool) -> None:
-        # the lock also keeps the order: nothing may be queued behind the final response
-        with self._lock:
-            if self._done:
-                return
-            self._done = final
-            self._sender.put(self, content, final)
+    def add(self, content: _Content | Delta) -> None:
+        """Put something behind what waits. Only the sender calls it, under its lock."""
+        if not isinstance(content, Delta):
+            self.waiting.append(content)
+            return
+        last = self.waiting[-1] if self.waiting else None
+        if not isinstance(last, _Deltas):
+            last = _Deltas()
+            self.waiting.append(last)
+        put(last, content)
