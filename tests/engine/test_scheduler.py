@@ -403,7 +403,7 @@ def test_salts_and_the_switch_keep_prefixes_apart():
 def test_impossible_pools_and_spans_are_refused():
     with pytest.raises(ValueError, match="2 blocks of 4 tokens are too few for a window of 9: 3"):
         config((100, 2), windows=(None, 9))
-    with pytest.raises(TriptychError, match="20 tokens can never fit.*window of 9"):
+    with pytest.raises(TriptychError, match=r"20 tokens can never fit.*window of 9"):
         config((100, 6), windows=(None, 9)).check_span(20)
     config((100, 8), windows=(None, 9)).check_span(20)
 
