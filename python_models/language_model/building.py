@@ -109,7 +109,8 @@ def context_length(settings: Settings, decoder: Decoder) -> int:
 
 
 def _on_device(settings: Settings, decoder: Decoder, executor: Executor, device: str) -> DecoderRunner:
-    options = RunnerOptions.of(settings, context_length(settings, decoder), device)
+    length, spans = context_length(settings, decoder), bool(decoder.bidirectional)
+    options = RunnerOptions.of(settings, length, device, spans=spans)
     slots = settings.max_running_requests
     return DecoderRunner(executor, decoder.num_axes, settings.block_size, device, options, slots)
 

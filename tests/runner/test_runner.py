@@ -213,3 +213,17 @@ def test_graphs_are_for_gpus():
     assert RunnerOptions.of(Settings(), 100, "cpu").graph_batch == 0
     assert RunnerOptions.of(Settings(), 100, "cuda:1").graph_batch == 64
     assert RunnerOptions.of(Settings(cuda_graphs=False), 100, "cuda").graph_batch == 0
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_a_rehearsal_leaves_no_trace(make_rig, monkeypatch, backend):
+    rig = make_rig("gemma3", attention_backend=backend, spans=True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    cache, _, inputs = rig.runner._parts()
+    before = [[pages.clone() for pages in pair] for pair in cache.pages]
+    with torch.inference_mode():
+        rig.runner._rehearse(cache, inputs, 64)
+    for pair, old in zip(cache.pages, before, strict=True):
+        for pages, expected in zip(pair, old, strict=True):
+            torch.testing.assert_close(pages, expected, rtol=0, atol=0, equal_nan=True)
+    assert rig.generate([prompt_of(20)], 5) == [rig.expected(prompt_of(20), 5)]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ...contract.errors import ErrorKind, TriptychError
 from .attention import Backend
 from .executor import Executor
-from .inputs import SOURCE, Batch, HostBatch, StepInputs
+from .inputs import ALIGN, SOURCE, Batch, HostBatch, StepInputs, token_matrix
 from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,8 @@ class GraphRunner:
         self._num_groups = len(cache.groups)
         self._device = cache.device
         # tokens, contexts and the used part of the block tables, each rounded up to the upload's alignment
-        size = largest * (8 * self._rows + 4 + 4 * max_blocks * self._num_groups) + 16 * (2 + self._num_groups)
+        size = token_matrix(self._rows, largest).nbytes + largest * (4 + 4 * max_blocks * self._num_groups)
+        size += ALIGN * (2 + self._num_groups)
         self._buffer = torch.zeros(size, dtype=torch.uint8, device=self._device)
         self._tables = [
             torch.full((largest, max_blocks), pad, dtype=torch.int32, device=self._device) for pad in cache.num_blocks
@@ -121,8 +122,9 @@ class GraphRunner:
     def _send(self, host: HostBatch, size: int) -> None:
         """Write a step's inputs into the static buffers, padded to ``size`` rows."""
         count = host.num_tokens
-        tokens = np.zeros((self._rows, size), dtype=np.int64)
+        tokens = token_matrix(self._rows, size)
         tokens[:, :count] = host.tokens
+        tokens[:, count:] = 0
         tokens[SOURCE, count:] = -1
         tokens[self._rows - self._num_groups :, count:] = -1
         contexts = np.zeros(size, dtype=np.int32)
@@ -134,7 +136,7 @@ class GraphRunner:
             static[: table.shape[0], : table.shape[1]].copy_(table)
         if size not in self._batches:
             self._batches[size] = Batch(
-                tokens=sent,
+                tokens=sent[:, :size],
                 num_groups=self._num_groups,
                 context_lens=lens,
                 tables=tuple(table[:size] for table in self._tables),
@@ -147,10 +149,11 @@ class GraphRunner:
         self._batches[size].host = host
 
     def _padding(self, size: int) -> HostBatch:
-        tokens = np.zeros((self._rows, 0), dtype=np.int64)
         tables = [np.zeros((0, 1), dtype=np.int32) for _ in range(self._num_groups)]
         none = np.zeros(0, dtype=np.int64)
-        return HostBatch(tokens, none.astype(np.int32), none, none, tables, 0, None, none, True, None, [])
+        return HostBatch(
+            token_matrix(self._rows, 0), 0, none.astype(np.int32), none, none, tables, 0, None, none, True, None, []
+        )
 
     def _compute(self, size: int) -> None:
         batch = self._batches[size]

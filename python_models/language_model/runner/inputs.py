@@ -27,8 +27,9 @@ class HostBatch:
     """What the host knows of a batch, in the order it is computed: slices of one token first.
 
     Attributes:
-        tokens: int64 [2 + axes + groups, T]: ids, the slot of ``last_tokens`` that an id comes from (or -1),
-            position ids, slots of each group.
+        matrix: int64 [2 + axes + groups, >= T]: ids, the slot of ``last_tokens`` that an id comes from (or -1),
+            position ids, slots of each group. Columns from T on hold anything.
+        num_tokens: T.
         contexts: int32 [B], tokens of each request in the cache after the step.
         starts: int64 [B], tokens before it.
         lengths: int64 [B].
@@ -41,7 +42,8 @@ class HostBatch:
         media_rows: [n_i, H * (1 + k)] of each part.
     """
 
-    tokens: Array
+    matrix: Array
+    num_tokens: int
     contexts: Array
     starts: Array
     lengths: Array
@@ -54,9 +56,9 @@ class HostBatch:
     media_rows: list[torch.Tensor]
 
     @property
-    def num_tokens(self) -> int:
-        """T."""
-        return int(self.tokens.shape[1])
+    def tokens(self) -> Array:
+        """The matrix, [2 + axes + groups, T]."""
+        return self.matrix[:, : self.num_tokens]
 
 
 @dataclass
@@ -111,6 +113,14 @@ class Batch:
         return torch.where(source < 0, ids, last_tokens[source.clamp(min=0)])
 
 
+def token_matrix(rows: int, count: int) -> Array:
+    """int64 [rows, >= count], not filled; every row begins at a multiple of 128 bytes, whatever the count.
+
+    Triton compiles a kernel anew for addresses and strides that are no multiples of 16.
+    """
+    return np.empty((rows, -(-count // 16) * 16), dtype=np.int64)
+
+
 class StepInputs:
     """Makes the inputs of steps."""
 
@@ -140,7 +150,8 @@ class StepInputs:
         total = int(ends[-1])
         size, axes = self._block_size, self._axes
 
-        tokens = np.empty((2 + axes + len(self._pad_blocks), total), dtype=np.int64)
+        matrix = token_matrix(2 + axes + len(self._pad_blocks), total)
+        tokens = matrix[:, :total]
         np.concatenate([part.token_ids for part in ordered], out=tokens[IDS])
         np.concatenate([part.position_ids for part in ordered], axis=1, out=tokens[POSITIONS : POSITIONS + axes])
         source = tokens[SOURCE]
@@ -161,7 +172,8 @@ class StepInputs:
         places_of_media, rows_of_media = _media(ordered, ends - lengths)
         logit_rows = _logit_rows(slices, ends, order)
         return HostBatch(
-            tokens=tokens,
+            matrix=matrix,
+            num_tokens=total,
             contexts=contexts.astype(np.int32),
             starts=starts,
             lengths=lengths,
@@ -176,7 +188,7 @@ class StepInputs:
 
     def upload(self, host: HostBatch) -> Batch:
         """Copy a step to the device, in memory of its own."""
-        arrays = [host.tokens, host.contexts, *host.tables]
+        arrays = [host.matrix, host.contexts, *host.tables]
         names = []
         long = host.lengths[host.num_singles :]
         if len(long):
@@ -191,10 +203,10 @@ class StepInputs:
         if not host.in_order:
             names.append("logit_rows")
             arrays.append(host.logit_rows)
-        tokens, contexts, *rest = self._staging.send(arrays)
+        matrix, contexts, *rest = self._staging.send(arrays)
         groups = len(self._pad_blocks)
         batch = Batch(
-            tokens=tokens,
+            tokens=matrix[:, : host.num_tokens],
             num_groups=groups,
             context_lens=contexts,
             tables=tuple(rest[:groups]),
@@ -253,7 +265,7 @@ class Staging:
         ends = []
         total = 0
         for array in arrays:
-            total += -(-array.nbytes // _ALIGN) * _ALIGN
+            total += -(-array.nbytes // ALIGN) * ALIGN
             ends.append(total)
         host = self._buffer(total)
         view = host.numpy()
@@ -284,7 +296,7 @@ class Staging:
         return self._buffers[self._turn][:size]
 
 
-_ALIGN = 16
+ALIGN = 128
 _TORCH = {np.dtype(np.int64).char: torch.int64, np.dtype(np.int32).char: torch.int32}
 
 

@@ -18,6 +18,7 @@ class RunnerOptions:
         context_length: tokens of the longest request; a block table is never longer.
         graph_batch: decode steps of up to that many requests are replayed as CUDA graphs; 0 captures none. On a CPU
             such steps are padded in the same way and computed eagerly.
+        spans: prompts have runs of tokens that attend both ways.
         window_groups: layers with a sliding window have blocks of their own, and old ones can be given back.
     """
 
@@ -25,10 +26,11 @@ class RunnerOptions:
     kv_cache_dtype: str = "auto"
     context_length: int = 2**17
     graph_batch: int = 0
+    spans: bool = False
     window_groups: bool = True
 
     @classmethod
-    def of(cls, settings: Settings, context_length: int, device: str) -> RunnerOptions:
+    def of(cls, settings: Settings, context_length: int, device: str, *, spans: bool = False) -> RunnerOptions:
         """What ``settings`` ask for on this device."""
         graphs = settings.cuda_graphs and torch.device(device).type == "cuda"
         return cls(
@@ -36,4 +38,5 @@ class RunnerOptions:
             kv_cache_dtype=settings.kv_cache_dtype,
             context_length=context_length,
             graph_batch=settings.max_running_requests if graphs else 0,
+            spans=spans,
         )

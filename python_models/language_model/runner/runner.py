@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from .kv_cache import FP8, KVCache, group_layers
 from .options import RunnerOptions
 from .step import KVGroup, Slice
 
-logger = logging.getLogger(__name__)
+_REHEARSED = (1, 2, 7, 16, 17, 33, 48, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2000)
 
 
 class DecoderRunner:
@@ -116,7 +115,7 @@ class DecoderRunner:
         cache, backend, inputs = self._parts()
         if longest and cache.device.type == "cuda":
             with torch.inference_mode():
-                self._rehearse(cache, longest)
+                self._rehearse(cache, inputs, longest)
         if not self._options.graph_batch:
             return
         if cache.device.type == "cuda":
@@ -161,7 +160,7 @@ class DecoderRunner:
             raise RuntimeError("allocate() comes before forward()")
         return self._cache, self._backend, self._inputs
 
-    def _compute(self, batch: Batch) -> torch.Tensor:
+    def _compute(self, batch: Batch, rehearsing: bool = False) -> torch.Tensor:
         """Logits [N, V] of an eager step."""
         cache, backend, _ = self._parts()
         executor = self._executor
@@ -169,24 +168,29 @@ class DecoderRunner:
         deepstack = None
         if batch.media_places is not None:
             embeddings, deepstack = _splice(embeddings, batch.media_places, batch.host)
-        hidden = executor.forward(embeddings, batch.position_ids, backend(cache, batch), deepstack)
+        context = backend(cache, batch)
+        context.rehearsing = rehearsing
+        hidden = executor.forward(embeddings, batch.position_ids, context, deepstack)
         if batch.logit_rows is not None:
             if not len(batch.logit_rows):
                 return self._example[:0]
             hidden = hidden.index_select(0, batch.logit_rows)
         return executor.logits(hidden)
 
-    def _rehearse(self, cache: KVCache, longest: int) -> None:
-        """Prompts and mixed steps of several lengths, in the blocks that belong to nobody."""
+    def _rehearse(self, cache: KVCache, inputs: StepInputs, longest: int) -> None:
+        """Steps of many sizes, in the blocks that belong to nobody, so that no request waits for a compiler."""
         tables = tuple(np.full(-(-longest // self._block_size), pad, dtype=np.int32) for pad in cache.num_blocks)
+        spans = ((0, 2),) if self._options.spans else ()
 
-        def part(count: int) -> Slice:
-            ids = np.zeros(count, dtype=np.int64)
-            return Slice(ids, np.zeros((self._axes, count), dtype=np.int64), 0, tables)
+        def part(count: int, spans: tuple[tuple[int, int], ...] = ()) -> Slice:
+            ids, positions = np.zeros(count, dtype=np.int64), np.zeros((self._axes, count), dtype=np.int64)
+            return Slice(ids, positions, 0, tables, spans=spans)
 
-        lengths = [length for length in (16, 64, 256, 1024) if length < longest]
-        for slices in (*([part(length)] for length in (*lengths, longest)), [part(1), part(min(16, longest))]):
-            self.forward(slices)
+        # kernels are chosen by the number of tokens, and compiled anew where it is 1 or a multiple of 16
+        lengths = [length for length in _REHEARSED if length < longest]
+        steps = [[part(length)] for length in (*lengths, longest)]
+        for parts in ([part(1), part(min(17, longest), spans)], [part(1)] * 3, *steps):
+            self._compute(inputs.upload(inputs.prepare(parts)), rehearsing=True)
         for group, pad in enumerate(cache.num_blocks):
             cache.scrub(group, [pad])
         torch.cuda.synchronize(cache.device)

@@ -19,6 +19,7 @@ class PagedStep(ABC):
 
     Attributes:
         layer: the layer that came last, for messages.
+        rehearsing: each layer also compiles what other batches will need.
     """
 
     capturable: ClassVar[bool] = True
@@ -28,6 +29,7 @@ class PagedStep(ABC):
         self.cache = cache
         self.batch = batch
         self.layer = -1
+        self.rehearsing = False
         self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
