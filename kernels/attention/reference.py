@@ -6,8 +6,13 @@ import itertools
 
 import torch
 
-# scores held at once: 64 MiB of float32
-_SCORES = 1 << 24
+# scores, or elements of keys, held at once: 64 MiB of float32
+_HELD = 1 << 24
+
+
+def _take(pages: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Pages of these blocks; float8 as bytes, which every device can index."""
+    return pages.view(torch.uint8)[blocks].view(pages.dtype) if pages.element_size() == 1 else pages[blocks]
 
 
 def decode_reference(
@@ -24,22 +29,47 @@ def decode_reference(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
 ) -> torch.Tensor:
-    """See :func:`..decode`; sums in float32."""
-    starts = torch.arange(query.shape[0] + 1, dtype=torch.int32)
-    return prefill_reference(
-        query,
-        key_pages,
-        value_pages,
-        block_table,
-        context_lens,
-        starts,
-        scaling=scaling,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        key_scale=key_scale,
-        value_scale=value_scale,
-    )
+    """See :func:`..decode`; sums in float32. Requests go together, padded to the longest: few and larger operations."""
+    batch, heads, dim = query.shape
+    kv_heads, page, dim_value = value_pages.shape[1:]
+    out = torch.zeros((batch, heads, dim_value), dtype=query.dtype, device=query.device)
+    contexts = context_lens.tolist()
+    longest = max(contexts, default=0)
+    if longest == 0:
+        return out
+    # whole blocks from the first key that any request sees
+    first = 0 if window is None else max(0, min(contexts) - window) // page
+    blocks = -(-longest // page) - first
+    requests = max(1, _HELD // (blocks * page * kv_heads * max(dim, dim_value)))
+    for begin in range(0, batch, requests):
+        part = slice(begin, begin + requests)
+        length = context_lens[part, None]
+        at = torch.arange(first * page, (first + blocks) * page, device=query.device)
+        seen = at < length
+        if window is not None:
+            seen &= at >= length - window
+        # a block of which nothing is seen may have any number
+        used = seen.view(-1, blocks, page).any(2)
+        numbers = block_table[part, first : first + blocks].where(used, 0).long()
+        # [B, Hk, L, D]
+        keys, values = (
+            _take(pages, numbers).transpose(1, 2).flatten(2, 3).float() for pages in (key_pages, value_pages)
+        )
+        rows = query[part].float() * (scaling * key_scale)
+        scores = rows.view(-1, kv_heads, heads // kv_heads, dim) @ keys.transpose(2, 3)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores.masked_fill_(~seen[:, None, None], -torch.inf)
+        if sinks is not None:
+            sink = sinks.float().view(1, kv_heads, -1, 1).expand(*scores.shape[:3], 1)
+            weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        # what is not seen may be NaN, and 0 * NaN is NaN
+        result = weights @ values.masked_fill_(~seen[:, None, :, None], 0.0) * value_scale
+        # a row that sees nothing is padding
+        out[part] = result.flatten(1, 2).masked_fill_((length == 0)[:, :, None], 0.0).to(query.dtype)
+    return out
 
 
 def prefill_reference(
@@ -63,8 +93,8 @@ def prefill_reference(
     kv_heads, page, dim_value = value_pages.shape[1:]
     group = heads // kv_heads
     out = torch.zeros((tokens, heads, dim_value), dtype=query.dtype, device=query.device)
-    for request, (begin, end) in enumerate(itertools.pairwise(query_starts.tolist())):
-        context = int(context_lens[request])
+    bounds = itertools.pairwise(query_starts.tolist())
+    for request, ((begin, end), context) in enumerate(zip(bounds, context_lens.tolist(), strict=True)):
         if begin == end or context == 0:
             continue
         before = context - (end - begin)
@@ -74,16 +104,16 @@ def prefill_reference(
         low = first * page
         # [Hk, L, D]: the keys low to context
         keys, values = (
-            pages[blocks].transpose(0, 1).flatten(1, 2)[:, : context - low].float() * scale
+            _take(pages, blocks).transpose(0, 1).flatten(1, 2)[:, : context - low].float() * scale
             for pages, scale in ((key_pages, key_scale), (value_pages, value_scale))
         )
         at = torch.arange(low, context, device=query.device)
-        rows = max(1, _SCORES // (heads * len(at)))
+        rows = max(1, _HELD // (heads * len(at)))
         for start in range(begin, end, rows):
             part = query[start : min(start + rows, end)].float() * scaling
             # [Hk, G * n, D]: the heads of a kv head in one product
-            packed = part.unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).flatten(1, 2)
-            scores = (packed @ keys.transpose(1, 2)).unflatten(1, (group, -1))
+            packed = part.view(len(part), kv_heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2)
+            scores = (packed @ keys.transpose(1, 2)).view(kv_heads, group, len(part), -1)
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
             position = torch.arange(start, start + len(part), device=query.device)[:, None] - begin + before
@@ -99,6 +129,6 @@ def prefill_reference(
                 weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
             else:
                 weights = scores.softmax(-1)
-            result = (weights.flatten(1, 2) @ values).unflatten(1, (group, -1))
+            result = (weights.flatten(1, 2) @ values).view(kv_heads, group, len(part), -1)
             out[start : start + len(part)] = result.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
     return out

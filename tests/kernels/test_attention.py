@@ -107,6 +107,9 @@ def run(
     memory = (cache.key_pages, cache.value_pages, cache.block_table, cache.context_lens)
     expected = attention.prefill_reference(query, *memory, starts, **options)
     defaults = {"window": None, "softcap": None, "sinks": None, "spans": None, "key_scale": 1.0, "value_scale": 1.0}
+    if queries is None:
+        together = attention.decode_reference(query, *memory, **options)
+        torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 1e-2)
     actual = launch(
         query,
         *memory,
