@@ -2,7 +2,7 @@
 
 The processor normalises pixels to float32 and repeats each picture along time (a patch spans several frames). Both
 are undone here for the way between processes: patches travel as uint8, pictures once, an eighth of the bytes, and the
-encoder applies the very same normalisation. The values are equal bit for bit.
+encoder applies the very same normalisation (``kernels/image``). The values are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
+from ...kernels.image import normalise_patches
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
 from ..contract.settings import Settings
@@ -102,12 +103,13 @@ class QwenVisionEncoder(TransformersEncoder):
         return run(pixels, grid, return_dict=True).pooler_output
 
     def _pixels(self, item: EncoderItem) -> torch.Tensor:
-        patches = self.to_device(item.tensors["patches"]).to(torch.float32)
-        mean = self.to_device(item.tensors["mean"]).view(1, -1, 1, 1)
-        std = self.to_device(item.tensors["std"]).view(1, -1, 1, 1)
-        patches = patches.sub_(mean).div_(std)
-        frames = self.config.vision_config.temporal_patch_size
-        return patches.expand(-1, -1, frames, -1).reshape(len(patches), -1)
+        return normalise_patches(
+            self.to_device(item.tensors["patches"]),
+            self.to_device(item.tensors["mean"]),
+            self.to_device(item.tensors["std"]),
+            self.config.vision_config.temporal_patch_size,
+            self.dtype,
+        )
 
 
 def _metadata(video: Video) -> Any:
