@@ -90,6 +90,26 @@ def test_frequencies_that_depend_on_the_batch():
     assert build(decoder) == "rope_type dynamic"
 
 
+class Adapted(torch.nn.Linear):
+    """Computes something else than its weight says."""
+
+
+@pytest.mark.parametrize("path", ["self_attn.k_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_linears_that_are_more_than_a_weight(make_tiny, path):
+    decoder = make_tiny("llama").decoder
+    parent, _, name = path.rpartition(".")
+    owner = decoder.text_model.layers[1].get_submodule(parent)
+    linear = getattr(owner, name)
+    setattr(owner, name, Adapted(linear.in_features, linear.out_features))
+    assert str(build(decoder)).endswith(f".{name} is a Adapted")
+
+
+def test_attention_that_is_not_causal(make_tiny):
+    decoder = make_tiny("gemma3").decoder
+    decoder.text_model.layers[0].self_attn.is_causal = False
+    assert build(decoder) == "attention that is not causal"
+
+
 def test_half_precision_agrees_within_its_rounding(make_tiny):
     for name in ("qwen2", "gemma3", "glm4_moe"):
         tiny = make_tiny(name)

@@ -45,7 +45,12 @@ def build(
         fuser = Fuser(spec, source or modules, shard)
         with torch.no_grad():
             table, norm = fuser.whole("embed_tokens.weight"), fuser.whole("norm.weight")
-            layers = [fuser.layer(layer) for layer in spec.layers]
+            layers = []
+            for layer in spec.layers:
+                layers.append(fuser.layer(layer))
+                if table.is_cuda:
+                    # what the parts took goes back at once: it fits nothing that comes
+                    torch.cuda.empty_cache()
             fused = FusedDecoder(spec, table, layers, norm, fuser.head(table), shard, collectives)
     except UnfitError as unfit:
         return str(unfit)

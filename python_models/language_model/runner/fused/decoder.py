@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from .....kernels.linear import fits, linear
+from .....kernels.moe import experts, route
 from .....kernels.norm import rms_norm
 from .....kernels.rope import rope_table
 from ..context import AttentionContext, Rope
 from ..executor import Deepstack, LayerShape
-from .ops import experts, route
 from .shard import Alone, Collectives, Shard
 from .spec import DecoderSpec, RopeSpec
 from .weights import Layer, Linear, Mlp, Moe

@@ -308,11 +308,13 @@ def _layer(index: int, module: Any, config: Any, rules: Rules, ropes: Mapping[st
 def _attention(index: int, module: Any, config: Any, rules: Rules, ropes: Mapping[str, RopeSpec]) -> AttentionSpec:
     width = int(module.head_dim)
     qkv = ("qkv_proj",) if hasattr(module, "qkv_proj") else ("q_proj", "k_proj", "v_proj")
-    projections = [getattr(module, name) for name in qkv]
-    heads = module.o_proj.in_features // width
+    *projections, out = (_linear(module, name) for name in (*qkv, "o_proj"))
+    heads = out.in_features // width
     kv_heads = (sum(p.out_features for p in projections) // width - heads) // 2
     if sum(p.out_features for p in projections) != (heads + 2 * kv_heads) * width:
         raise UnfitError("keys and values of different widths")
+    if not getattr(module, "is_causal", True):
+        raise UnfitError("attention that is not causal")
     head_norm = hasattr(module, "q_norm") and hasattr(module, "k_norm")
     if head_norm and {tuple(n.weight.shape) for n in (module.q_norm, module.k_norm)} != {(width,)}:
         raise UnfitError("query and key norms that are not over heads")
@@ -326,7 +328,7 @@ def _attention(index: int, module: Any, config: Any, rules: Rules, ropes: Mappin
         kv_heads=kv_heads,
         head_dim=width,
         qkv_bias=projections[0].bias is not None,
-        o_bias=module.o_proj.bias is not None,
+        o_bias=out.bias is not None,
         head_norm=head_norm,
         sinks=getattr(module, "sinks", None) is not None,
         scaling=float(module.scaling),
@@ -349,15 +351,13 @@ def _window(index: int, module: Any, config: Any) -> int | None:
 
 def _mlp(path: str, module: Any) -> MlpSpec:
     names = ("gate_up_proj",) if hasattr(module, "gate_up_proj") else ("gate_proj", "up_proj")
-    if not all(hasattr(module, name) for name in (*names, "down_proj")):
-        raise UnfitError(f"a {type(module).__name__}")
-    first = getattr(module, names[0])
+    *first, down = (_linear(module, name) for name in (*names, "down_proj"))
     return MlpSpec(
         path=path,
         gate_up=names,
-        gate_up_bias=first.bias is not None,
-        down_bias=module.down_proj.bias is not None,
-        width=int(module.down_proj.in_features),
+        gate_up_bias=first[0].bias is not None,
+        down_bias=down.bias is not None,
+        width=down.in_features,
     )
 
 
@@ -395,6 +395,14 @@ def _moe(path: str, module: Any, config: Any, rules: Rules) -> MoeSpec:
         shared=None if shared_name is None else _mlp(f"{path}.{shared_name}", getattr(module, shared_name)),
         shared_gate=f"{path}.shared_expert_gate.weight" if hasattr(module, "shared_expert_gate") else None,
     )
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    """A plain linear layer: no quantised one, none with an adapter."""
+    found = getattr(module, name, None)
+    if type(found) is not nn.Linear:
+        raise UnfitError(f"{type(module).__name__}.{name} is a {type(found).__name__}")
+    return found
 
 
 def _has(module: nn.Module, path: str) -> bool:
