@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from triptych.python_models.contract.delta import Delta, Usage
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.stage import Responder, Stage, Telemetry
@@ -126,10 +127,11 @@ class AudioEncoder(Encoder):
 
 
 class LanguageModel(Scripted):
-    """{"language_model": {"count": n, "interval": seconds, "fail_at": n, "text": "...", "threads": n}}.
+    """{"language_model": {"count": n, "interval": seconds, "fail_at": n, "text": "...", "threads": n, "choices": n}}.
 
     Streams ``count`` deltas; the last one's ``info`` tells what arrived. With ``threads`` it counts generated tokens
-    from that many threads at once, 1,000 each, before it answers.
+    from that many threads at once, 1,000 each, before it answers. With ``choices`` it sends ``count`` Delta objects for
+    each choice as fast as it can, and breaks off with an error at ``fail_at``.
     """
 
     def work(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
@@ -142,6 +144,9 @@ class LanguageModel(Scripted):
             if threads := mine.get("threads"):
                 self._count(threads)
             count = mine.get("count", 1)
+            if choices := mine.get("choices"):
+                self._burst(responder, count, choices, mine.get("fail_at"))
+                return
             for index in range(count):
                 self.wait(request_id, mine.get("interval", 0))
                 if mine.get("fail_at") == index:
@@ -155,6 +160,17 @@ class LanguageModel(Scripted):
                 responder.send(delta(mine.get("text", "x"), [index], "stop" if last else "", report), final=last)
         finally:
             self.telemetry.add("triptych_requests_running", -1)
+
+    def _burst(self, responder: Responder, count: int, choices: int, fail_at: int | None) -> None:
+        responder.send(Delta(usage=Usage(4)), final=False)
+        for number in range(count):
+            if number == fail_at:
+                raise TriptychError(ErrorKind.STAGE_FAILED, "told to fail here")
+            for index in range(choices):
+                end = number == count - 1
+                usage = Usage(4, 0, count * (index + 1)) if end else None
+                delta = Delta(f"{number} ", (number,), (), "length" if end else "", None, usage, index)
+                responder.send(delta, final=end and index == choices - 1)
 
     def _count(self, threads: int) -> None:
         def count() -> None:

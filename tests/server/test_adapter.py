@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from triptych.python_models.contract.delta import Delta, Usage
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 
 
@@ -27,6 +28,29 @@ def test_deltas_arrive_in_order_with_their_end(scripted: Any) -> None:
     responses = scripted.stream("chat_text", script(language_model={"count": 50})).all()
     assert [int(r["token_ids"][0]) for r in responses] == list(range(50))
     assert [r["finish_reason"][0] for r in responses] == [b""] * 49 + [b"stop"]
+
+
+def test_deltas_that_come_too_fast_leave_merged_and_whole(scripted: Any) -> None:
+    streams = [scripted.stream("chat_text", script(language_model={"count": 3000, "choices": c})) for c in (1, 3)]
+    for stream, choices in zip(streams, (1, 3), strict=True):
+        deltas = [Delta.from_tensors(response) for response in stream.all()]
+        assert len(deltas) < 300 * choices
+        assert next(delta for delta in deltas if delta.index == 0).usage is not None
+        for index in range(choices):
+            mine = [delta for delta in deltas if delta.index == index]
+            assert [token for delta in mine for token in delta.token_ids] == list(range(3000))
+            assert "".join(delta.text for delta in mine) == "".join(f"{n} " for n in range(3000))
+            assert [delta.finish_reason for delta in mine if delta.finish_reason] == ["length"]
+        assert deltas[-1].usage == Usage(4, 0, 3000 * choices)
+
+
+def test_an_error_comes_behind_the_deltas_that_wait(scripted: Any) -> None:
+    stream = scripted.stream("chat_text", script(language_model={"count": 900, "choices": 2, "fail_at": 800}))
+    deltas: list[Delta] = []
+    with pytest.raises(TriptychError, match="told to fail here"):
+        deltas.extend(Delta.from_tensors(response) for response in iter(stream.next, None))
+    for index in range(2):
+        assert [t for d in deltas if d.index == index for t in d.token_ids] == list(range(800))
 
 
 def test_absent_inputs_are_absent(scripted: Any) -> None:
