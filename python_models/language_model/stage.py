@@ -79,9 +79,7 @@ class LanguageModelStage(Stage):
                 responder.send({}, final=True)
                 return
             plan = read_plan(inputs)
-            prompt = read_prompt(
-                inputs, plan, self._num_axes, self._hidden_size, self._vocab_size, self._bidirectional
-            )
+            prompt = read_prompt(inputs, plan, self._num_axes, self._hidden_size, self._vocab_size, self._bidirectional)
             for media in prompt.media:
                 # the server falls back to host memory without a word when its CUDA pool is full
                 self.telemetry.add("triptych_embedding_bytes_total", media.rows.nbytes, device=media.rows.device.type)
