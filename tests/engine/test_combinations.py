@@ -19,7 +19,7 @@ def prompts():
     head = [rng.randrange(1, VOCAB) for _ in range(30)]
     out = [head[:k] for k in (1, 3, 4, 5, 17, 30)]
     out += [[*head, *([1, 2, 3] * k)] for k in (1, 4, 11)]
-    return out + [[rng.randrange(1, VOCAB) for _ in range(70)]]
+    return [*out, [rng.randrange(1, VOCAB) for _ in range(70)]]
 
 
 WAYS = list(
@@ -35,13 +35,13 @@ WAYS = list(
 
 
 @pytest.fixture(scope="module")
-def _expected():
+def expected_of():
     return {}
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(("overlap", "chunk", "cache", "preempt", "guesses", "windows"), WAYS)
-def test_the_same_tokens(make_toy, _expected, mixed, overlap, chunk, cache, preempt, guesses, windows):
+def test_the_same_tokens(make_toy, expected_of, mixed, overlap, chunk, cache, preempt, guesses, windows):
     given = prompts()
     options = [
         {"max_tokens": 25 + k, "temperature": 0.9 if mixed and k % 2 else 0, "seed": k} for k in range(len(given))
@@ -54,13 +54,13 @@ def test_the_same_tokens(make_toy, _expected, mixed, overlap, chunk, cache, pree
         options[2]["repetition_penalty"] = 1.5
         options[5]["presence_penalty"] = 1.0
     key = (mixed, windows)
-    if key not in _expected:
+    if key not in expected_of:
         plain = make_toy(vocab_size=VOCAB, windows=windows, max_step_tokens=0, prefix_cache=False)
-        _expected[key] = []
+        expected_of[key] = []
         for prompt, option in zip(given, options, strict=True):
             # alone
             answer = plain.submit(prompt, **option).ok()
-            _expected[key].append((answer.token_ids, answer.text, answer.finish))
+            expected_of[key].append((answer.token_ids, answer.text, answer.finish))
     toy = make_toy(
         num_blocks=(28, 20)[: len(windows)] if preempt else 10_000,
         vocab_size=VOCAB,
@@ -74,7 +74,7 @@ def test_the_same_tokens(make_toy, _expected, mixed, overlap, chunk, cache, pree
     answers = [toy.submit(p, **o) for p, o in zip(given, options, strict=True)]
     toy.runner.gate.set()
     got = [(a.ok().token_ids, a.text, a.finish) for a in answers]
-    assert got == _expected[key]
+    assert got == expected_of[key]
     assert (toy.meter("triptych_preemptions_total") > 0) == preempt
     assert (toy.meter("triptych_draft_tokens_total") > 0) == bool(guesses)
     assert (toy.runner.late > 0) == overlap
