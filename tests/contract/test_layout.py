@@ -22,7 +22,12 @@ ALLOWED = {
     "python_models": ("python_models", "kernels"),
     "python_models/contract": ("python_models/contract",),
     "python_models/repository": ("python_models/contract", "python_models/repository"),
-    "python_models/media": ("python_models/media", "python_models/contract", "python_models/families/base"),
+    "python_models/media": (
+        "python_models/media",
+        "python_models/contract",
+        "python_models/families/base",
+        "python_models/process",
+    ),
     "python_models/language_model/engine": (
         "python_models/language_model/engine",
         "python_models/language_model/runner",
@@ -35,6 +40,7 @@ ALLOWED = {
         "python_models/language_model/runner",
         "python_models/contract",
         "python_models/families",
+        "python_models/process",
         "kernels",
     ),
     "backends": ("backends", "python_models"),
