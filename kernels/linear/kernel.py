@@ -189,6 +189,7 @@ def dot_steps(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GATED: tl.constexpr,
+    EVICTION: tl.constexpr,  # "evict_first" for weights that nobody reads again soon, else ""
     UPCAST: tl.constexpr,  # the interpreter multiplies bfloat16 as if it were integers
 ):
     """float32 [BLOCK_N, BLOCK_M] weight @ x^T over columns begin to end, twice where gated (else both are one)."""
@@ -202,16 +203,14 @@ def dot_steps(
         if not EVEN:
             weight_inside = weight_inside & (k < K)[None, :]
             x_inside = x_inside & (k < K)[:, None]
-        tile = tl.load(weight_rows[:, None] + k[None, :], weight_inside, other=0.0, eviction_policy="evict_first")
+        tile = tl.load(weight_rows[:, None] + k[None, :], weight_inside, other=0.0, eviction_policy=EVICTION)
         value = tl.load(x_rows[None, :] + k[:, None], x_inside, other=0.0)
         if UPCAST:
             tile = tile.to(tl.float32)
             value = value.to(tl.float32)
         acc = tl.dot(tile, value, acc, input_precision="ieee")
         if GATED:
-            tile_up = tl.load(
-                weight_up_rows[:, None] + k[None, :], weight_inside, other=0.0, eviction_policy="evict_first"
-            )
+            tile_up = tl.load(weight_up_rows[:, None] + k[None, :], weight_inside, other=0.0, eviction_policy=EVICTION)
             if UPCAST:
                 tile_up = tile_up.to(tl.float32)
             acc_up = tl.dot(tile_up, value, acc_up, input_precision="ieee")
@@ -273,6 +272,7 @@ def _dot_kernel(
         BLOCK_N,
         BLOCK_K,
         GATED,
+        "evict_first",
         UPCAST,
     )
     inside = (rows < count_n)[:, None] & (tokens < count_m)[None, :]

@@ -16,6 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from triptych.python_models.families import torchvision_fix
+
+# tests compare with transformers' modules
+torchvision_fix.install()
+
 # largest error over the root mean square of the expected values; never loosened elsewhere
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
