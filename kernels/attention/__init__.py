@@ -37,7 +37,7 @@ def decode(
             the context, and those wholly before the window, are never used.
         context_lens: int32 [B], the new token included, whose key and value are stored already. 0 is a padding row,
             whose result is zeros.
-        scaling: factor on query . key.
+        scaling: factor on query . key, more than 0.
         window: the token sees itself and the window - 1 tokens before it; None is all.
         softcap: scores become softcap * tanh(score / softcap) (Gemma 2).
         sinks: [H], a score per head that takes probability and gives nothing (gpt-oss).
@@ -50,7 +50,7 @@ def decode(
     Raises:
         ValueError: shapes, dtypes or strides that do not fit.
     """
-    _check(query, key_pages, value_pages, block_table, context_lens, window)
+    _check(query, key_pages, value_pages, block_table, context_lens, scaling, window)
     if query.shape[0] != block_table.shape[0]:
         raise ValueError(f"{query.shape[0]} queries for {block_table.shape[0]} requests: decode takes one for each")
     if not query.is_cuda:
@@ -126,7 +126,7 @@ def prefill(
     Raises:
         ValueError: shapes, dtypes or strides that do not fit.
     """
-    _check(query, key_pages, value_pages, block_table, context_lens, window)
+    _check(query, key_pages, value_pages, block_table, context_lens, scaling, window)
     if query_starts.shape != (block_table.shape[0] + 1,):
         raise ValueError(f"query_starts of shape {tuple(query_starts.shape)} for {block_table.shape[0]} requests")
     if spans is not None and spans.shape != (query.shape[0], 2):
@@ -173,6 +173,7 @@ def _check(
     value_pages: torch.Tensor,
     block_table: torch.Tensor,
     context_lens: torch.Tensor,
+    scaling: float,
     window: int | None,
 ) -> None:
     """What would make the kernels read wrong memory."""
@@ -191,5 +192,7 @@ def _check(
         raise ValueError("the block table and the context lengths must be int32, and rows of the table contiguous")
     if context_lens.shape[0] != block_table.shape[0]:
         raise ValueError(f"{context_lens.shape[0]} context lengths for {block_table.shape[0]} rows of the block table")
+    if scaling <= 0:
+        raise ValueError(f"a scaling of {scaling}; more than 0")
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} tokens; at least 1, or None")

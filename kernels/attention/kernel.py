@@ -59,7 +59,7 @@ def _pass(
     key_token,
     value_block,
     value_token,
-    scale,  # factor on query . key; times log2(e) unless there is a soft cap
+    scale,  # factor on query . key, more than 0
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -86,11 +86,15 @@ def _pass(
         next_block = _blocks(table, first + BLOCK_N, begin, end, BLOCK_N, PAGE)
         key_at = keys + _rows(block, first, key_block, key_token, BLOCK_N, PAGE) + wide[None, :]
         key = _read(key_at, there[:, None] & (wide < D)[None, :], D, BLOCK_D, MASKED, DTYPE)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         if SOFTCAP > 0:
             # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both infinities of exp
-            grown = tl.exp2(scores * (2.0 * _LOG2E / SOFTCAP))
-            scores = (1.0 - 2.0 / (grown + 1.0)) * (SOFTCAP * _LOG2E)
+            grown = tl.exp2(scores * (scale * (2.0 * _LOG2E / SOFTCAP)))
+            scores = 1.0 - 2.0 / (grown + 1.0)
+            factor = SOFTCAP * _LOG2E
+        else:
+            # multiplied on the way into exp2, together with the subtraction
+            factor = scale * _LOG2E
         if MASKED:
             seen = at[None, :] <= positions[:, None]
             if SPANS:
@@ -98,11 +102,11 @@ def _pass(
             if WINDOW > 0:
                 seen &= at[None, :] > positions[:, None] - WINDOW
             scores = tl.where(seen & (at < end)[None, :], scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
         # rows that have seen nothing yet: -inf - -inf is NaN
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
         shrink = tl.exp2(peak - base)
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores * factor - base[:, None])
         total = total * shrink + tl.sum(weights, 1)
         value_at = values + _rows(block, first, value_block, value_token, BLOCK_N, PAGE) + wide_value[None, :]
         value = _read(value_at, there[:, None] & (wide_value < DV)[None, :], DV, BLOCK_DV, MASKED, DTYPE)

@@ -16,7 +16,6 @@ from .kernel import _attend_kernel, _merge_kernel
 
 # longest query whose tokens are packed with the heads of a kv head, as decode does with its one token
 MAX_SHORT_QUERY = 16
-_LOG2E = 1.4426950408889634
 # a program of the merge holds all splits of a head at once; it comes in two sizes
 _FEW_SPLITS, _MAX_SPLITS = 16, 128
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -233,7 +232,6 @@ def launch(
         # every e4m3 number is a float16 number
         multiplied = tl.float16 if element == 1 and query.dtype != torch.float32 else _DTYPES[query.dtype]
     flag = pdl(query)
-    scale = scaling * key_scale
     _attend_kernel[(heads // pack, requests, tiles * num_splits)](
         query,
         key_pages,
@@ -247,7 +245,7 @@ def launch(
         partial,
         log_sums,
         num_splits,
-        scale if softcap else scale * _LOG2E,
+        scaling * key_scale,
         value_scale,
         query.stride(0),
         query.stride(1),

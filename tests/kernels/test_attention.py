@@ -341,6 +341,8 @@ def test_misfits_are_refused():
             attention.decode(*wrong, scaling=1.0)
     with pytest.raises(ValueError, match="window of 0"):
         attention.decode(query, *memory, scaling=1.0, window=0)
+    with pytest.raises(ValueError, match="scaling of 0"):
+        attention.decode(query, *memory, scaling=0)
     with pytest.raises(ValueError, match="query_starts"):
         attention.prefill(query, *memory, cache.context_lens, max_query_len=1, scaling=1.0)
 
