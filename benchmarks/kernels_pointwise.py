@@ -222,7 +222,7 @@ def greedy_rows() -> list[Row]:
 
 
 def cumulative(logits: torch.Tensor, t: Any, k: Any, p: Any, m: Any) -> torch.Tensor:
-    """The distribution as the reference cuts it, added up, float64 [N, V]; no looks at the data, so graphs can hold it."""
+    """The distribution as the reference cuts it, added up, float64 [N, V]; no looks at the data, so graphs hold it."""
     probabilities = (logits / t[:, None]).softmax(dim=-1)
     limit = torch.where(k > 0, k, logits.shape[1])
     probabilities = _top(probabilities, limit[:, None], p[:, None].double())
