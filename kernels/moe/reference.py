@@ -23,7 +23,7 @@ def route_reference(
     choice = scores if bias is None else scores + bias
     count, keep = groups
     if keep < count:
-        by_group = choice.unflatten(-1, (count, -1))
+        by_group = choice.reshape(*choice.shape[:-1], count, -1)
         strength = by_group.topk(min(2, by_group.shape[-1]), -1).values.sum(-1)
         kept = torch.zeros_like(strength, dtype=torch.bool).scatter_(-1, strength.topk(keep, -1).indices, True)
         choice = by_group.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
