@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from support import save
 
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families import torchvision_fix
@@ -146,6 +148,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--fused-only", action="store_true")
     parser.add_argument("--no-check", action="store_true")
+    parser.add_argument("--name", help="write the figures to results/NAME.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cpu = args.device == "cpu"
@@ -159,7 +162,8 @@ def main() -> None:
     }
     cases = {f"decode, {count} x {context}": (count, context, 1) for count in rows}
     cases |= {f"prefill, {n} tokens": (1, 0, n) for n in ((128,) if cpu else (512, 2048))}
-    report = []
+    report: list[str] = []
+    found: dict[str, dict[str, float]] = {}
     for case, (requests, start, count) in cases.items():
         figures: dict[str, list[float]] = {name: [] for name in benches}
         try:
@@ -170,6 +174,7 @@ def main() -> None:
                     if turn:
                         figures[name].append(taken)
             medians = {name: statistics.median(times) for name, times in figures.items()}
+            found[case] = {f"{name}_ms": round(value, 3) for name, value in medians.items()}
             line = "  ".join(f"{name} {value:8.3f} ms" for name, value in medians.items())
             if len(medians) > 1:
                 line += f"  ratio {medians['modules'] / medians['fused']:.2f}"
@@ -184,6 +189,8 @@ def main() -> None:
                     print(f"{name}, prefill of 2048:", launches(bench, bench.slices(1, 0, 2048), layers))
             except Exception:
                 traceback.print_exc()
+    if args.name:
+        save(args.name, sys.argv, found)
     print("\n".join(report))
 
 
