@@ -7,7 +7,7 @@ A stage owns its threads and its batching. ``submit`` and ``cancel`` return at o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from .contract.delta import Delta
@@ -57,7 +57,14 @@ class NoTelemetry:
 
 
 class Stage(ABC):
-    """One model of the ensemble. The constructor loads everything and raises a TriptychError that says what to do."""
+    """One model of the ensemble. The constructor loads everything and raises a TriptychError that says what to do.
+
+    Attributes:
+        on_fatal: set by a host; called when nothing more can be computed in this process (a broken CUDA context),
+            after the last error was handed to its responder.
+    """
+
+    on_fatal: Callable[[], None] | None = None
 
     def __init__(self, settings: Settings, telemetry: Telemetry, device: str) -> None:
         """Args: settings of the deployment; telemetry; ``device``, a torch device string such as "cuda:0"."""

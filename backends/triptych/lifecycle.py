@@ -113,6 +113,7 @@ class HostedStage:
                 f"{type(error).__name__}: {error}; the traceback is in the server's log"
             ) from None
         self._sender = Sender(config.spec, config.dtypes)
+        self._stage.on_fatal = self._die
 
     def accept(self, request: Any) -> None:
         """Take one request. Never blocks and never raises: the server would take the whole batch as failed."""
@@ -148,6 +149,12 @@ class HostedStage:
             _LOG.error("the stage did not stop within %g s", CLOSE_S)
         self._sender.close(CLOSE_S)
         self._telemetry.close(CLOSE_S)
+
+    def _die(self) -> None:
+        """End this process once every error is sent; whoever watches the stages has the server load it again."""
+        _LOG.critical("the stage can do nothing more in this process, which ends")
+        self._sender.close(CLOSE_S)
+        os._exit(1)
 
     def _close_stage(self) -> None:
         try:

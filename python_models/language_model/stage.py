@@ -62,7 +62,7 @@ class LanguageModelStage(Stage):
             prefix_cache=settings.prefix_cache,
             max_media_bytes=settings.max_media_mb * 2**20,
         )
-        self.engine = Engine(self._runner, decoder.tokenizer, config, telemetry, device=device)
+        self.engine = Engine(self._runner, decoder.tokenizer, config, telemetry, device=device, on_fatal=self._end)
 
     def submit(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
         """See :class:`~triptych.python_models.stage.Stage`."""
@@ -118,6 +118,10 @@ class LanguageModelStage(Stage):
         self._runner.free()
         if isinstance(self._runner, ParallelRunner):
             self._runner.close()
+
+    def _end(self) -> None:
+        if self.on_fatal is not None:
+            self.on_fatal()
 
     def _rank_lost(self, error: TriptychError) -> None:
         """End the process soon: its device may wait for ever in a collective for a rank that is gone."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,20 @@ def test_control_requests_act_and_are_answered_with_nothing(make_tiny, recorder)
     answer = recorder()
     stage.submit("", {"renew": [b"x"]}, answer)
     assert answer.wait().error.kind is ErrorKind.STAGE_DEAD
+
+
+def test_the_host_hears_of_an_engine_that_cannot_go_on(make_tiny, monkeypatch):
+    tiny = make_tiny()
+    stage = tiny.stage()
+    ended = threading.Event()
+    stage.on_fatal = ended.set
+
+    def lost(slices):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(stage._runner, "forward", lost)
+    assert tiny.ask(stage, [1, 2, 3], max_tokens=5).wait().error.kind is ErrorKind.STAGE_DEAD
+    assert ended.wait(30)
 
 
 def test_deltas_are_the_declared_tensors(make_tiny):
