@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -48,6 +49,14 @@ def build_runner(
     Raises:
         TriptychError: saying which option to change.
     """
+    # kernels go to the current device
+    with torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext():
+        return _build(settings, device, decoder, on_fault)
+
+
+def _build(
+    settings: Settings, device: str, decoder: Decoder | None, on_fault: Callable[[TriptychError], None] | None
+) -> tuple[AnyRunner, Decoder, tuple[int, ...]]:
     runner: AnyRunner
     if settings.tp > 1:
         runner, decoder = _parallel(settings, device, on_fault)
