@@ -34,10 +34,13 @@ def make_group(faults: list[TriptychError], monkeypatch: pytest.MonkeyPatch) -> 
     made: list[ParallelRunner] = []
     before = {p.pid for p in psutil.Process().children(recursive=True)}
 
-    def make(size: int = 2, build: str = "parallel_fakes:build", **options: Any) -> ParallelRunner:
-        runner = ParallelRunner(Recipe(build, options, dtype="float32"), ["cpu"] * size, faults.append)
+    def make(
+        size: int = 2, build: str = "parallel_fakes:build", expert_parallel: bool = False, **options: Any
+    ) -> ParallelRunner:
+        recipe = Recipe(build, options, expert_parallel, dtype="float32")
+        runner = ParallelRunner(recipe, ["cpu"] * size, faults.append)
         made.append(runner)
-        runner.allocate([64, 64])
+        runner.allocate([64] * len(runner.kv_groups))
         return runner
 
     yield make

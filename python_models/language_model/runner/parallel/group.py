@@ -23,6 +23,8 @@ ONE_SHOT_BYTES = 512 * 2**10
 """Tensors up to this size are summed by one kernel that reads all peers; larger ones go through NCCL."""
 _ALIGNMENT = 16
 _JOIN_S = 600
+# renamed in torch 2.13
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # NVLink multicast stays off: it needs rights on the fabric that not every machine gives.
 _ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
@@ -103,7 +105,7 @@ class Group:
         self.num_calls += 1
         # gloo wants the parts one after the other along the first dimension
         out = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather_into_tensor(out, tensor.contiguous())
+        _all_gather(out, tensor.contiguous())
         return out.view(self.size, *tensor.shape).movedim(0, -2).reshape(*tensor.shape[:-1], -1)
 
     def broadcast(self, tensor: torch.Tensor) -> None:

@@ -118,8 +118,11 @@ class ParallelRunner:
         self._on_all("warm_up", lambda: self._local.warm_up(longest), longest)
 
     def free(self) -> None:
-        """Give the KV cache's memory back on every rank."""
-        self._on_all("free", self._local.free)
+        """Give the KV cache's memory back on every rank that is still there."""
+        if self._watch.usable:
+            self._on_all("free", self._local.free)
+        else:
+            self._local.free()
 
     def scrub(self, group: int, blocks: Sequence[int]) -> None:
         """See :class:`~..step.Runner`."""

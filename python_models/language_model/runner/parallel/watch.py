@@ -24,7 +24,7 @@ from .wire import Kind, Reader
 
 logger = logging.getLogger(__name__)
 
-SILENCE_S = 5.0
+SILENCE_S = 4.0
 """A worker without a sign of life for so long is stuck: stopped, or its interpreter is."""
 CALL_SILENCE_S = 120.0
 """The same while it loads weights, compiles or captures, which may keep the interpreter to themselves."""
@@ -144,8 +144,15 @@ class Watch:
         self._thread.start()
         started.wait()
 
+    @property
+    def usable(self) -> bool:
+        """Whether there still is a group to talk to."""
+        return self.fault is None and not self._closing
+
     def check(self) -> None:
-        """Raise the group's fault if there is one."""
+        """Raise the group's fault if there is one, or that it was closed."""
+        if self._closing:
+            raise TriptychError(ErrorKind.STAGE_DEAD, "the language model's ranks are closed", None, "language_model")
         if (fault := self.fault) is not None:
             raise TriptychError(fault.kind, fault.message, fault.param, fault.stage)
 
@@ -178,7 +185,7 @@ class Watch:
     def results(self, timeout_s: float) -> list[Any]:
         """The results of the oldest call, rank 1 first."""
         with self._changed:
-            self._changed.wait_for(lambda: self.fault is not None or all(self._results.values()), timeout_s)
+            self._changed.wait_for(lambda: not self.usable or all(self._results.values()), timeout_s)
             late = [peer.name for peer in self.peers if not self._results[peer.rank]]
         if late:
             self.declare(f"{', '.join(late)} gave no answer within {timeout_s:g} s")
@@ -234,7 +241,10 @@ class Watch:
     def close(self, grace_s: float) -> None:
         """End all workers; those that do not end by themselves within ``grace_s`` are killed."""
         with self._changed:
+            if self._closing:
+                return
             self._closing = True
+            self._changed.notify_all()
         for peer in self.peers:
             with contextlib.suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_WR)
@@ -254,7 +264,7 @@ class Watch:
     def _await_fault(self, otherwise: Callable[[], bool] = lambda: False) -> None:
         """Wait a moment for the watch to find out what is wrong, or for something else."""
         with self._changed:
-            self._changed.wait_for(lambda: self.fault is not None or otherwise(), _GRACE_S)
+            self._changed.wait_for(lambda: not self.usable or otherwise(), _GRACE_S)
 
     # what follows runs on the watch's thread
 
