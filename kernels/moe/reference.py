@@ -44,20 +44,20 @@ def experts_reference(
     activation: str,
     first_expert: int = 0,
 ) -> torch.Tensor:
-    """See :func:`triptych.kernels.moe.experts`; one expert after the other, in the order of transformers' modules."""
-    out = torch.zeros_like(x)
-    top_k = experts.shape[1]
+    """See :func:`triptych.kernels.moe.experts`; adds up in the order of the experts, as transformers' modules do."""
     chosen, order = torch.sort(experts.flatten() - first_expert, stable=True)
-    used, counts = torch.unique_consecutive(chosen, return_counts=True)
-    scales = weights.flatten()[order].unsqueeze(-1)
-    tokens = order.div(top_k, rounding_mode="floor")
-    begin = 0
-    for expert, count in zip(used.tolist(), counts.tolist(), strict=True):
-        end = begin + count
-        if 0 <= expert < len(gate_up):
-            rows = tokens[begin:end]
-            hidden = gated_reference(functional.linear(x[rows], gate_up[expert]), activation)
-            y = functional.linear(hidden, down[expert]) * scales[begin:end]
-            out.index_add_(0, rows, y.to(out.dtype))
-        begin = end
-    return out
+    used, counts = (values.tolist() for values in torch.unique_consecutive(chosen, return_counts=True))
+    # sorted: the pairs of experts elsewhere come first and last
+    before = sum(count for expert, count in zip(used, counts, strict=True) if expert < 0)
+    here = [(expert, count) for expert, count in zip(used, counts, strict=True) if 0 <= expert < len(gate_up)]
+    out = torch.zeros_like(x)
+    if not here:
+        return out
+    order = order[before : before + sum(count for _, count in here)]
+    tokens = order.div(experts.shape[1], rounding_mode="floor")
+    sizes = [count for _, count in here]
+    rows = x[tokens].split(sizes)
+    both = torch.cat([functional.linear(part, gate_up[expert]) for (expert, _), part in zip(here, rows, strict=True)])
+    hidden = gated_reference(both, activation).split(sizes)
+    parts = torch.cat([functional.linear(part, down[expert]) for (expert, _), part in zip(here, hidden, strict=True)])
+    return out.index_add_(0, tokens, (parts * weights.flatten()[order].unsqueeze(-1)).to(out.dtype))
