@@ -71,7 +71,8 @@ class ModelConfig:
         spec = STAGES[name]
         settings = Settings.from_json(parameters["settings"])
         labels = {"stage": name}
-        if sum(int(group.get("count", 1)) for group in config.get("instance_group", ())) > 1:
+        groups = config.get("instance_group", ())
+        if sum(int(group.get("count", 1)) * max(len(group.get("gpus", ())), 1) for group in groups) > 1:
             # gauges of several processes under one name would overwrite each other
             labels["instance"] = args["model_instance_name"]
         return cls(

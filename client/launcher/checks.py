@@ -69,6 +69,8 @@ def _gpu() -> Check:
     if not found:
         return Check("gpu", True, "none: everything runs on the CPU")
     detail = "; ".join(f"{g.index}: {g.name}, {g.memory_mib} MiB, driver {g.driver}" for g in found)
+    if len(found) > 1:
+        detail += f"; --tp up to {len(found)}"
     return Check("gpu", True, detail)
 
 

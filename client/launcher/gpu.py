@@ -27,7 +27,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the stages run: ``gpu_ids`` (none: CPU) and what dtype embeddings have on their way."""
+    """Where the stages run: ``gpu_ids`` (none: CPU; several: tensor parallel, the first is the language model's rank
+    0) and what dtype embeddings have on their way.
+    """
 
     gpu_ids: tuple[int, ...]
     embedding_dtype: str
@@ -49,11 +51,16 @@ def gpus() -> list[Gpu]:
 
 
 def place(settings: Settings) -> Placement:
-    """Resolve ``settings.device`` and ``settings.dtype``.
+    """Resolve ``settings.device``, ``settings.dtype``, ``settings.tp`` and ``settings.ep``.
 
     Raises:
-        LauncherError: a device that does not exist or a value that is none.
+        LauncherError: a device that does not exist, fewer GPUs than ``tp``, or a value that is none.
     """
+    if settings.ep not in (1, settings.tp):
+        raise LauncherError(
+            f"--ep {settings.ep} does not fit --tp {settings.tp}",
+            "choose --ep 1 (every GPU has a part of each expert) or the number of --tp (each has whole experts)",
+        )
     if settings.dtype not in ("auto", *_WIRE_DTYPES):
         raise LauncherError(f"dtype {settings.dtype!r} is not known", f"choose auto, {', '.join(_WIRE_DTYPES)}")
     device = settings.device
@@ -67,7 +74,13 @@ def place(settings: Settings) -> Placement:
     if index >= len(found):
         have = ", ".join(f"cuda:{gpu.index} {gpu.name}" for gpu in found) or "none"
         raise LauncherError(f"device {device!r} does not exist; nvidia-smi lists: {have}", "choose cpu or one of these")
-    return Placement((index,), _WIRE_DTYPES[_dtype_on_gpu(settings)])
+    if index + settings.tp > len(found):
+        raise LauncherError(
+            f"--tp {settings.tp} from cuda:{index} on needs {index + settings.tp} GPUs, but there "
+            f"{'is' if len(found) == 1 else 'are'} {len(found)}",
+            f"choose --tp {len(found) - index} or less" if len(found) - index > 1 else "leave --tp out",
+        )
+    return Placement(tuple(range(index, index + settings.tp)), _WIRE_DTYPES[_dtype_on_gpu(settings)])
 
 
 def _dtype_on_gpu(settings: Settings) -> str:

@@ -30,7 +30,7 @@ def write(
         folder: made if it does not exist.
         settings: options of the deployment.
         embedding_dtype: "FP32", "BF16" or "FP16".
-        gpu_ids: GPUs of the stages that use one; none: everything on the CPU.
+        gpu_ids: GPUs of the stages that use one, in the order of ranks; none: everything on the CPU.
         stage_classes: {stage: "/path/file.py:Class"} that replaces the built-in class of a stage.
 
     Returns:

@@ -29,7 +29,8 @@ def stage_config(
         spec: the stage.
         settings: options of the deployment, carried whole in the parameter ``settings``.
         embedding_dtype: what stands for EMBEDDING.
-        gpu_ids: GPUs of a stage that uses one; none: CPU.
+        gpu_ids: GPUs of a stage that uses one; none: CPU. Encoders run on each of them, the language model's rank 0
+            on the first.
         stage_class: "/path/file.py:Class" that replaces the built-in class.
     """
     on_gpu = spec.uses_gpu and bool(gpu_ids)
@@ -40,7 +41,9 @@ def stage_config(
     count = settings.preprocess_instances if spec.name == "preprocess" else 1
     group = [f"count: {count}", "kind: KIND_GPU" if on_gpu else "kind: KIND_CPU"]
     if on_gpu:
-        group.append(f"gpus: [ {', '.join(map(str, gpu_ids))} ]")
+        # one process for each GPU of an encoder; the language model starts its own further ranks
+        used = gpu_ids[:1] if spec.name == "language_model" else gpu_ids
+        group.append(f"gpus: [ {', '.join(map(str, used))} ]")
     parts = [
         _HEAD,
         f"# {spec.help}\n" if spec.help else "",

@@ -83,6 +83,13 @@ def test_stages_run_where_they_should(tmp_path: Path, model: str) -> None:
     assert ("FORCE_CPU_ONLY_INPUT_TENSORS" in gpu.parameters) == takes_gpu
 
 
+def test_encoders_run_on_every_gpu_and_the_language_model_once(tmp_path: Path) -> None:
+    write(tmp_path, Settings(tp=2), embedding_dtype="BF16", gpu_ids=(1, 2))
+    for model, gpus in (("vision_encoder", [1, 2]), ("audio_encoder", [1, 2]), ("language_model", [1])):
+        (group,) = parse(tmp_path, model).instance_group
+        assert (list(group.gpus), group.count) == (gpus, 1)
+
+
 @pytest.mark.parametrize("model", ENSEMBLES)
 def test_ensembles_join_the_steps_of_the_contract(model: str) -> None:
     config = parse(COMMITTED, model)

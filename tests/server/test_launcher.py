@@ -183,6 +183,13 @@ def test_a_gpu_is_taken_where_there_is_one(tmp_path: Path) -> None:
     assert place(Settings()) == place(Settings(device="cuda:0"))
     assert place(Settings()).gpu_ids == (0,)
     assert place(Settings(device="cuda:1")).gpu_ids == (1,)
+    assert place(Settings(tp=2)).gpu_ids == (0, 1)
+    assert place(Settings(tp=4, ep=4, device="cpu")).gpu_ids == ()
+    with pytest.raises(LauncherError, match=r"--tp 2 from cuda:1 on needs 3 GPUs, but there are 2") as refused:
+        place(Settings(tp=2, device="cuda:1"))
+    assert refused.value.remedy == "leave --tp out"
+    with pytest.raises(LauncherError, match=r"--ep 2 does not fit --tp 4"):
+        place(Settings(tp=4, ep=2, device="cpu"))
     assert place(Settings(device="cpu")).gpu_ids == ()
     with pytest.raises(LauncherError, match=r"'cuda:2' does not exist; nvidia-smi lists: cuda:0 NVIDIA H200, cuda:1"):
         place(Settings(device="cuda:2"))
