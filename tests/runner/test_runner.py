@@ -62,7 +62,7 @@ def test_replayed_steps_are_used_and_padded(make_rig, device):
     forward, compute = graphs.forward, graphs._compute
     graphs.forward = lambda host: seen.append(host.num_tokens) or forward(host)
     assert compute is not None
-    rig.generate([prompt_of(4), prompt_of(6)], 5)
+    rig.generate([prompt_of(24), prompt_of(36)], 5)
     assert sorted(set(seen)) == [1, 2]
     # one more request than was captured
     more = [rig.request(prompt_of(3, seed), seed) for seed in range(7)]
@@ -185,6 +185,57 @@ def test_logits_come_in_the_order_of_the_slices(make_rig):
     with torch.inference_mode():
         requests[3].done = 12
         assert rig.runner.forward([rig.slice(requests[3], 5, num_logits=0)]).shape == (0, 300)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+def test_short_slices_are_replayed_as_rows(make_rig, kind, backend, device):
+    """Guesses to verify, the end of a prompt and decodes in one replayed step, each with its own logits."""
+    if device == "cuda" and backend == "sdpa":
+        pytest.skip("sdpa does not run in CUDA graphs")
+    rig = make_rig(kind, attention_backend=backend, graph_batch=16)
+    prompts = [prompt_of(n) for n in (20, 9, 24, 30)]
+    requests = [rig.request(p, slot) for slot, p in enumerate(prompts)]
+    with torch.inference_mode():
+        for request, count in zip(requests, (17, 8, 19, 24), strict=True):
+            rig.runner._compute(rig.runner._inputs.upload(rig.runner._inputs.prepare([rig.slice(request, count)])))
+            request.done = count
+        parts = [
+            rig.slice(requests[0], 3, num_logits=1),
+            rig.slice(requests[1], 1),
+            rig.slice(requests[2], 5, num_logits=5),
+            rig.slice(requests[3], 4, num_logits=0),
+        ]
+        host = rig.runner._inputs.prepare(parts)
+        assert rig.runner._graphs.serves(host)
+        found = rig.runner.forward(parts).clone()
+        again = rig.runner._compute(rig.runner._inputs.upload(host))
+        # verification alone: every row has logits
+        alone = rig.runner.forward([rig.slice(requests[2], 5, num_logits=5)])
+    with torch.no_grad():
+        logits = [rig.reference(torch.tensor([p], device=rig.device)).logits[0] for p in prompts]
+    expected = torch.cat([logits[0][-1:], logits[1][-1:], logits[2][-5:]])
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(again, expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(alone, expected[2:], atol=1e-3, rtol=1e-3)
+
+
+def test_long_or_bidirectional_slices_are_not_replayed(make_rig):
+    rig = make_rig(graph_batch=32)
+    prepare, serves = rig.runner._inputs.prepare, rig.runner._graphs.serves
+
+    def part(count, start=0, **options):
+        table = (np.arange(-(-(start + count) // 4), dtype=np.int32),)
+        ids = np.zeros(count, dtype=np.int64)
+        return Slice(ids, np.arange(start, start + count)[None], start, table, **options)
+
+    assert serves(prepare([part(16), part(15)]))
+    assert not serves(prepare([part(17)]))
+    assert not serves(prepare([part(16), part(16), part(1)]))
+    assert not serves(prepare([part(4, spans=((0, 3),))]))
+    # a few rows of a long request would read it all again and again
+    assert serves(prepare([part(5, 4000), part(1, 9000)]))
+    assert not serves(prepare([part(5, 5000)]))
 
 
 def test_a_table_longer_than_any_request_is_an_error(make_rig):

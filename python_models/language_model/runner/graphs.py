@@ -27,6 +27,10 @@ from .kv_cache import KVCache
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_SLICE = 16
+_READ_AGAIN = 2**14
+"""Tokens whose keys and values a step may read more than once: on a GPU, less time than launching its kernels."""
+
 
 def graph_sizes(largest: int) -> list[int]:
     """Batch sizes to capture, ascending; padding costs at most 7 rows up to a batch of 128."""
@@ -70,9 +74,9 @@ class GraphRunner:
         self._rows = 2 + axes + len(cache.groups)
         self._num_groups = len(cache.groups)
         self._device = cache.device
-        # tokens, contexts and the used part of the block tables, each rounded up to the upload's alignment
-        size = token_matrix(self._rows, largest).nbytes + largest * (4 + 4 * max_blocks * self._num_groups)
-        size += ALIGN * (2 + self._num_groups)
+        # tokens, contexts, the used part of the block tables and logit rows, each rounded up to the upload's alignment
+        size = token_matrix(self._rows, largest).nbytes + largest * (4 + 4 * max_blocks * self._num_groups + 8)
+        size += ALIGN * (3 + self._num_groups)
         self._buffer = torch.zeros(size, dtype=torch.uint8, device=self._device)
         self._tables = [
             torch.full((largest, max_blocks), pad, dtype=torch.int32, device=self._device) for pad in cache.num_blocks
@@ -86,8 +90,15 @@ class GraphRunner:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def serves(self, host: HostBatch) -> bool:
-        """Whether this step can be replayed: one token of each request, every one with logits, no media."""
-        return host.in_order and host.media_places is None and host.num_tokens <= self._sizes[-1]
+        """Whether this step can be replayed: few tokens, no media, nothing bidirectional.
+
+        Slices of several tokens (guesses to verify, ends of prompts) run as that many rows, which all read the
+        request's keys and values.
+        """
+        if host.num_tokens > self._sizes[-1] or host.media_places is not None or host.spans is not None:
+            return False
+        again = (host.lengths - 1) * host.contexts
+        return bool(host.lengths.max() <= _LONGEST_SLICE and again.sum() <= _READ_AGAIN)
 
     def capture(self) -> None:
         """Capture every batch size, the largest first, so that the others fit into its memory.
@@ -112,15 +123,14 @@ class GraphRunner:
         )
 
     def forward(self, host: HostBatch) -> torch.Tensor:
-        """Logits [B, V] of a step that `serves` accepts; valid until the next call."""
-        count = host.num_tokens
-        size = self._sizes[bisect_left(self._sizes, count)]
-        self._send(host, size)
+        """Logits [N, V] of a step that `serves` accepts; valid until the next call."""
+        size = self._sizes[bisect_left(self._sizes, host.num_tokens)]
+        rows = self._send(host.one_token_each(), size)
         self._replays[size]()
-        return self._logits[:count]
+        return self._logits[: host.num_tokens] if rows is None else self._logits.index_select(0, rows)
 
-    def _send(self, host: HostBatch, size: int) -> None:
-        """Write a step's inputs into the static buffers, padded to ``size`` rows."""
+    def _send(self, host: HostBatch, size: int) -> torch.Tensor | None:
+        """Write a step's inputs into the static buffers, padded to ``size`` rows; rows whose logits are wanted."""
         count = host.num_tokens
         tokens = token_matrix(self._rows, size)
         tokens[:, :count] = host.tokens
@@ -129,8 +139,10 @@ class GraphRunner:
         tokens[self._rows - self._num_groups :, count:] = -1
         contexts = np.zeros(size, dtype=np.int32)
         contexts[:count] = host.contexts
-        sent, lens, *tables = self._inputs.send([tokens, contexts, *host.tables], self._buffer)
-        for static, table in zip(self._tables, tables, strict=True):
+        every = np.array_equal(host.logit_rows, np.arange(count))
+        arrays = [tokens, contexts, *host.tables, *([] if every else [host.logit_rows])]
+        sent, lens, *rest = self._inputs.send(arrays, self._buffer)
+        for static, table in zip(self._tables, rest, strict=False):
             if table.shape[1] > static.shape[1]:
                 raise RuntimeError(f"a block table of {table.shape[1]} blocks, but requests have {static.shape[1]}")
             static[: table.shape[0], : table.shape[1]].copy_(table)
@@ -147,6 +159,7 @@ class GraphRunner:
                 host=host,
             )
         self._batches[size].host = host
+        return None if every else rest[-1]
 
     def _padding(self, size: int) -> HostBatch:
         tables = [np.zeros((0, 1), dtype=np.int32) for _ in range(self._num_groups)]

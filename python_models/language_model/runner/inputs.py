@@ -7,7 +7,7 @@ Python; one copy from pinned memory carries the result to the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,21 @@ class HostBatch:
     def tokens(self) -> Array:
         """The matrix, [2 + axes + groups, T]."""
         return self.matrix[:, : self.num_tokens]
+
+    def one_token_each(self) -> HostBatch:
+        """The same step with every token as a slice of its own: equal, as all are stored before any attends."""
+        if self.num_singles == len(self.lengths):
+            return self
+        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        starts = np.arange(self.num_tokens) + np.repeat(self.contexts - self.lengths.cumsum(), self.lengths)
+        return replace(
+            self,
+            contexts=(starts + 1).astype(np.int32),
+            starts=starts,
+            lengths=np.ones_like(starts),
+            tables=[table[rows] for table in self.tables],
+            num_singles=self.num_tokens,
+        )
 
 
 @dataclass

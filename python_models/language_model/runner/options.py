@@ -16,7 +16,7 @@ class RunnerOptions:
     Attributes:
         attention_backend, kv_cache_dtype: see :class:`~triptych.python_models.contract.settings.Settings`.
         context_length: tokens of the longest request; a block table is never longer.
-        graph_batch: decode steps of up to that many requests are replayed as CUDA graphs; 0 captures none. On a CPU
+        graph_batch: decode steps of up to that many tokens are replayed as CUDA graphs; 0 captures none. On a CPU
             such steps are padded in the same way and computed eagerly.
         spans: prompts have runs of tokens that attend both ways.
         window_groups: layers with a sliding window have blocks of their own, and old ones can be given back.
@@ -37,6 +37,7 @@ class RunnerOptions:
             attention_backend=settings.attention_backend,
             kv_cache_dtype=settings.kv_cache_dtype,
             context_length=context_length,
-            graph_batch=settings.max_running_requests if graphs else 0,
+            # the guesses of a single request fit in any case
+            graph_batch=max(settings.max_running_requests, settings.speculative_tokens + 1) if graphs else 0,
             spans=spans,
         )
