@@ -98,6 +98,18 @@ def test_a_schema_makes_json_that_keeps_to_it(compiler, tokenizer, vocab_size, s
     assert isinstance(value["ok"], bool)
 
 
+def test_control_characters_never_reach_a_string(compiler, tokenizer, vocab_size):
+    schema = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}, "required": ["a"]}
+    state = GrammarState(compiled(compiler, Grammar("json_schema", json.dumps(schema))), frozenset({EOS}), vocab_size)
+    for token_id in tokenizer.encode('{"a":"x', add_special_tokens=False):
+        state.accept(token_id)
+    allowed = {i for i in range(vocab_size) if state.mask[i // 32] >> i % 32 & 1}
+    assert allowed & set(tokenizer.encode("abc", add_special_tokens=False))
+    texts = [tokenizer.decode([i]) for i in allowed if i < len(tokenizer)]
+    assert len(texts) > 100
+    assert not any(char < " " for text in texts for char in text)
+
+
 def test_any_json_object(compiler, tokenizer, vocab_size):
     ends = []
     for seed in range(8):
@@ -171,7 +183,7 @@ def test_a_tokenizer_that_grammars_cannot_use():
 
 def test_compiled_grammars_are_kept_within_bytes(tokenizer, vocab_size):
     one = compiled(GrammarCompiler(tokenizer, vocab_size, frozenset(), NoTelemetry()), Grammar("regex", "a{1,9}"))
-    compiler = GrammarCompiler(tokenizer, vocab_size, frozenset(), NoTelemetry(), 4 * one.memory_size_bytes)
+    compiler = GrammarCompiler(tokenizer, vocab_size, frozenset(), NoTelemetry(), 4 * one.num_bytes)
     first = compiled(compiler, Grammar("regex", "a{1,9}"))
     called = []
     compiler.compile(Grammar("regex", "a{1,9}"), called.append)
@@ -179,7 +191,7 @@ def test_compiled_grammars_are_kept_within_bytes(tokenizer, vocab_size):
     assert called == [first]
     for i in range(30):
         compiled(compiler, Grammar("regex", f"[a-z]{{1,9}}{i}"))
-        assert compiler.cached_bytes <= 4 * one.memory_size_bytes
+        assert compiler.cached_bytes <= 4 * one.num_bytes
     assert compiled(compiler, Grammar("regex", "a{1,9}")) is not first
     compiler.close()
 

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,15 +24,12 @@ from .batch_log import BatchLog
 from .config import EngineConfig
 from .delivery import Answer, Choice, Delivery
 from .detokenizer import Tokenizer
-from .grammar import GrammarCompiler, GrammarState
+from .grammar import Compiled, GrammarCompiler, GrammarState
 from .pipeline import Pipeline, device_lost
 from .request import Prompt, Request, Work, draw_seed, seed_of_choice
 from .sampler import Sampled, Sampler, SamplerState
 from .scheduler import Scheduler
 from .speculation import PromptLookup
-
-if TYPE_CHECKING:
-    import xgrammar
 
 logger = logging.getLogger(__name__)
 
@@ -141,14 +137,16 @@ class Engine:
             self._telemetry.add("triptych_requests_total", outcome=error.kind.value)
             submission.responder.fail(error)
             return
-        # the caller learns at once that the request is here, before anything else it hears
-        answer.deliver(Delta(usage=answer.usage()))
+        grammar = submission.sampling.grammar
+        if grammar is None:
+            # the caller learns at once that the request is here, before anything else it hears
+            answer.deliver(Delta(usage=answer.usage()))
         if not self._post(lambda: self._register(answer)):
             answer.done = True
             self._count_out(answer, ErrorKind.STAGE_DEAD.value)
             answer.deliver(_stopped())
-        elif submission.sampling.grammar is not None:
-            self._grammars.compile(submission.sampling.grammar, lambda outcome: self._compiled(answer, outcome))
+        elif grammar is not None:
+            self._grammars.compile(grammar, lambda outcome: self._compiled(answer, outcome))
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End these requests with CANCELLED within a step."""
@@ -289,7 +287,7 @@ class Engine:
             self._wake.notify()
             return True
 
-    def _compiled(self, answer: Answer, outcome: xgrammar.CompiledGrammar | TriptychError) -> None:
+    def _compiled(self, answer: Answer, outcome: Compiled | TriptychError) -> None:
         """Go on with a request whose grammar is there; on a thread of the compiler."""
         if isinstance(outcome, TriptychError):
             error = outcome
@@ -306,6 +304,8 @@ class Engine:
             error = _stage_failed(failure)
             self._post(lambda: self._fail(answer, error))
             return
+        # accepted only now: until then the request can turn out to be invalid
+        answer.deliver(Delta(usage=answer.usage()))
         self._post(lambda: self._start(answer))
 
     # what follows runs on the engine's thread

@@ -11,8 +11,9 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +29,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _THREADS = 2
-# a model that has nothing to say fills the page with blanks otherwise
-_MAX_WHITESPACE = 32
+# in a row between two tokens of JSON; a model that has nothing to say fills the page with blanks otherwise
+_MAX_WHITESPACE = 1
 _ANY_OBJECT = '{"type":"object"}'
+_CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
 _ORIGIN = re.compile(r"^\[[\d:]+\] \S+:\d+: (?:Check failed: )?")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled grammar.
+
+    Attributes:
+        rules: xgrammar's.
+        tokens: int32 [ceil(V / 32)], a bit mask of the tokens that may occur at all; None: any.
+    """
+
+    rules: xgrammar.CompiledGrammar
+    tokens: NDArray[np.int32] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes by itself."""
+        return int(self.rules.memory_size_bytes)
 
 
 class GrammarCompiler:
@@ -57,12 +77,13 @@ class GrammarCompiler:
         self._cache_bytes = cache_bytes
         self._lock = threading.Lock()
         self._making = threading.Lock()
-        self._cache: OrderedDict[Grammar, xgrammar.CompiledGrammar] = OrderedDict()
+        self._cache: OrderedDict[Grammar, Compiled] = OrderedDict()
         self._waiting: dict[Grammar, list[Callable[[Any], None]]] = {}
         self._compiler: xgrammar.GrammarCompiler | None = None
+        self._printable: NDArray[np.int32] | None = None
         self._threads = ThreadPoolExecutor(_THREADS, "triptych-grammar")
 
-    def compile(self, grammar: Grammar, then: Callable[[xgrammar.CompiledGrammar | TriptychError], None]) -> None:
+    def compile(self, grammar: Grammar, then: Callable[[Compiled | TriptychError], None]) -> None:
         """Have a grammar compiled; returns at once.
 
         Args:
@@ -93,7 +114,7 @@ class GrammarCompiler:
     def cached_bytes(self) -> int:
         """Bytes of the grammars that are kept."""
         with self._lock:
-            return sum(item.memory_size_bytes for item in self._cache.values())
+            return sum(item.num_bytes for item in self._cache.values())
 
     def close(self) -> None:
         """Stop; what waits to be compiled ends with an error."""
@@ -108,7 +129,7 @@ class GrammarCompiler:
             then(TriptychError(ErrorKind.STAGE_DEAD, "the language model has stopped", None, "language_model"))
 
     def _work(self, grammar: Grammar) -> None:
-        outcome: xgrammar.CompiledGrammar | TriptychError
+        outcome: Compiled | TriptychError
         start = time.perf_counter()
         try:
             outcome = self._compile(grammar)
@@ -127,23 +148,24 @@ class GrammarCompiler:
         for then in waiting:
             then(outcome)
 
-    def _keep(self, grammar: Grammar, compiled: xgrammar.CompiledGrammar) -> None:
+    def _keep(self, grammar: Grammar, compiled: Compiled) -> None:
         self._cache[grammar] = compiled
-        size = sum(item.memory_size_bytes for item in self._cache.values())
+        size = sum(item.num_bytes for item in self._cache.values())
         while size > self._cache_bytes and self._cache:
             _, oldest = self._cache.popitem(last=False)
-            size -= oldest.memory_size_bytes
+            size -= oldest.num_bytes
 
-    def _compile(self, grammar: Grammar) -> xgrammar.CompiledGrammar:
+    def _compile(self, grammar: Grammar) -> Compiled:
         compiler = self._ready()
         try:
-            if grammar.type == "json_object":
-                return compiler.compile_json_schema(_ANY_OBJECT, strict_mode=False, max_whitespace_cnt=_MAX_WHITESPACE)
-            if grammar.type == "json_schema":
-                return compiler.compile_json_schema(grammar.value, max_whitespace_cnt=_MAX_WHITESPACE)
             if grammar.type == "regex":
-                return compiler.compile_regex(grammar.value)
-            return compiler.compile_grammar(grammar.value)
+                return Compiled(compiler.compile_regex(grammar.value))
+            if grammar.type == "ebnf":
+                return Compiled(compiler.compile_grammar(grammar.value))
+            schema = _ANY_OBJECT if grammar.type == "json_object" else grammar.value
+            strict = grammar.type == "json_schema"
+            rules = compiler.compile_json_schema(schema, strict_mode=strict, max_whitespace_cnt=_MAX_WHITESPACE)
+            return Compiled(rules, self._printable)
         # its errors have no common type of their own
         except (RuntimeError, ValueError) as error:
             reason = _ORIGIN.sub("", str(error)).strip()
@@ -166,6 +188,7 @@ class GrammarCompiler:
                     ) from error
                 # one thread each: compiling must not take the cores from what is being served
                 self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+                self._printable = _printable(info.decoded_vocab, self._vocab_size)
             return self._compiler
 
 
@@ -177,18 +200,19 @@ class GrammarState:
         finished: the text is complete and nothing but an end token may follow.
     """
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar, stop_ids: frozenset[int], vocab_size: int) -> None:
+    def __init__(self, compiled: Compiled, stop_ids: frozenset[int], vocab_size: int) -> None:
         """Args: ``stop_ids``: tokens that end this answer, allowed only where the text is complete."""
         import xgrammar
 
         ends = sorted(i for i in stop_ids if i < vocab_size)
-        self._matcher = xgrammar.GrammarMatcher(compiled, override_stop_tokens=ends or None)
+        self._matcher = xgrammar.GrammarMatcher(compiled.rules, override_stop_tokens=ends or None)
         self._bits: NDArray[np.int32] = np.empty((1, -(-vocab_size // 32)), dtype=np.int32)
         self._others = np.full_like(self._bits, -1)
         if rest := vocab_size % 32:
             self._others[0, -1] = (1 << rest) - 1
         for token_id in ends:
             self._others.view(np.uint32)[0, token_id // 32] &= np.uint32(~(1 << token_id % 32) & 0xFFFFFFFF)
+        self._tokens = compiled.tokens
         self.mask: NDArray[np.int32] | None = None
         self.finished = False
         self._look()
@@ -214,5 +238,21 @@ class GrammarState:
             self.mask, self.finished = None, True
             return
         masked = self._matcher.fill_next_token_bitmask(self._bits)
+        if self._tokens is not None:
+            if not masked:
+                self._bits.fill(-1)
+            self._bits &= self._tokens
+            masked = True
         self.mask = self._bits[0] if masked else None
         self.finished = masked and not np.any(self._bits & self._others)
+
+
+def _printable(vocabulary: Sequence[bytes], size: int) -> NDArray[np.int32]:
+    """The tokens that JSON can hold: xgrammar lets control characters into strings, where they must be escaped.
+
+    Line ends are left: it allows them between tokens only.
+    """
+    bits = np.zeros(-(-size // 32) * 32, dtype=np.uint8)
+    for token_id, data in enumerate(vocabulary[:size]):
+        bits[token_id] = not _CONTROL.search(data)
+    return np.packbits(bits, bitorder="little").view(np.int32)
