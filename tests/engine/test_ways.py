@@ -47,8 +47,9 @@ def test_the_tokens_of_generate(make_tiny, device, expected_of, kind, overlap, c
 @pytest.mark.parametrize("guesses", [0, 4])
 def test_preempted_again_and_again(make_tiny, device, meter, expected_of, kind, overlap, guesses):
     tiny = make_tiny(kind, device)
-    prompts = [prompt_of(length) for length in LENGTHS]
-    key = (kind, device)
+    # their 24 blocks leave one of 25 to grow into
+    prompts = [prompt_of(length) for length in (20, 21, 22, 23)]
+    key = (kind, device, "alike")
     if key not in expected_of:
         expected_of[key] = [tiny.generate(prompt, 24) for prompt in prompts]
     stage = tiny.stage(meter, overlap=overlap, speculative_tokens=guesses, kv_cache_tokens=100, context_length=100)
