@@ -135,22 +135,30 @@ class Bench:
             "itl_p99_ms": 1000 * sorted(gaps)[int(len(gaps) * 0.99)],
         }
 
-    def profile(self, batch: int, length: int, folder: Path) -> dict[str, float]:
-        """A torch profile of decode steps with ``batch`` requests: a table of kernels in FOLDER/profile-BATCH.txt."""
+    def profile(self, name: str, batch: int, length: int, tokens: int, folder: Path) -> None:
+        """Torch's table of kernels to FOLDER/profile-NAME.txt: of decode steps, or of prompts where ``tokens`` is 1."""
         from torch.profiler import ProfilerActivity, profile
 
-        answers = [self.submit(length, 60) for _ in range(batch)]
+        answers = [self.submit(length, tokens) for _ in range(batch)] if tokens > 1 else []
         while any(a.tokens < 10 for a in answers):
             time.sleep(0.001)
+        before = sum(a.tokens for a in answers)
+        start = time.perf_counter()
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-            time.sleep(0.05 if batch < 64 else 0.1)
+            if tokens == 1:
+                answers = [self.submit(length, 1) for _ in range(batch)]
+                for answer in answers:
+                    answer.wait()
+            else:
+                time.sleep(0.05 if batch < 64 else 0.1)
             torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            count = sum(a.tokens for a in answers) - before
         for answer in answers:
             answer.wait()
         table = recorded.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=70)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"profile-{batch}.txt").write_text(table)
-        return {}
+        (folder / f"profile-{name}.txt").write_text(f"{count} tokens in about {1000 * seconds:.1f} ms\n{table}")
 
 
 def cases(bench: Bench, args: argparse.Namespace) -> dict[str, Callable[[], dict[str, float]]]:
@@ -175,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--answer", type=int, default=256, help="tokens (default %(default)s)")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill case (default %(default)s)")
     parser.add_argument("--settings", default="{}", help="JSON of more settings")
-    parser.add_argument("--profile", type=Path, help="folder for torch profiles of decode at batch 1, 32, 128")
+    parser.add_argument(
+        "--profile", type=Path, help="folder for torch profiles of prompts and of decode at batch 1, 32, 128"
+    )
     parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--weights", action="store_true", help="read the folder's weights instead of random ones")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
@@ -206,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             figures[name] = {"failed": traceback.format_exc(limit=1)}
     if args.profile:
         for batch in (1, 32, 128):
-            bench.profile(batch, args.prompt, args.profile)
+            bench.profile(f"decode-{batch}", batch, args.prompt, 60, args.profile)
+        bench.profile("prefill", 8, args.prefill, 1, args.profile)
     bench.stage.close()
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
