@@ -183,9 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--answer", type=int, default=256, help="tokens (default %(default)s)")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill case (default %(default)s)")
     parser.add_argument("--settings", default="{}", help="JSON of more settings")
-    parser.add_argument(
-        "--profile", type=Path, help="folder for torch profiles of prompts and of decode at batch 1, 32, 128"
-    )
+    parser.add_argument("--profile", type=Path, help="folder for torch profiles of prefill and decode")
     parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--weights", action="store_true", help="read the folder's weights instead of random ones")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
