@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from triptych.kernels.sampling import greedy
 from triptych.python_models.families import torchvision_fix
 from triptych.python_models.language_model.runner.executor import make_executor
 from triptych.python_models.language_model.runner.options import RunnerOptions
@@ -128,7 +129,7 @@ class Bench:
     def decode(self, batch: int, steps: int) -> tuple[float, float]:
         def step(i: int) -> None:
             logits = self.runner.forward([self.part(r, self.context + i, 1, late=True) for r in range(batch)])
-            self.runner.last_tokens[:batch] = logits.argmax(-1)
+            self.runner.last_tokens[:batch] = greedy(logits)[0]
 
         return self.timed(step, steps)
 
