@@ -11,25 +11,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from ...contract.delta import Delta
 from ...contract.errors import ErrorKind, TriptychError
-from ...contract.sampling import SamplingParams
-from ...stage import Responder, Telemetry
+from ...stage import Telemetry
 from ..runner.step import Runner
+from .admission import Admission, Submission
 from .batch_log import BatchLog
 from .config import EngineConfig
 from .delivery import Answer, Choice, Delivery
 from .detokenizer import Tokenizer
 from .grammar import Compiled, GrammarCompiler, GrammarState
 from .pipeline import Pipeline, device_lost
-from .request import Prompt, Request, Work, draw_seed, seed_of_choice
-from .sampler import Sampled, Sampler, SamplerState
+from .request import Request, Work
+from .sampler import Sampled, Sampler
 from .scheduler import Scheduler
-from .speculation import PromptLookup
 
 logger = logging.getLogger(__name__)
 
@@ -37,32 +35,7 @@ _STAGE = "language_model"
 _CHECK_S = 0.05
 _CLOSE_S = 30.0
 
-
-@dataclass(frozen=True)
-class Submission:
-    """A request as it enters the engine.
-
-    Attributes:
-        request_id: by which it is cancelled and renewed.
-        prompt: what the model reads.
-        sampling: how it answers, and how often.
-        responder: where all answers go.
-        stream: a delta for each token instead of one for each choice.
-        lease_s: it ends when not renewed for this long; None for no lease.
-        timeout_s: it ends after this long; None takes the engine's.
-        priority: higher ones are served first.
-        cache_salt: it shares the prefix cache only with requests of the same.
-    """
-
-    request_id: str
-    prompt: Prompt
-    sampling: SamplingParams
-    responder: Responder
-    stream: bool = True
-    lease_s: float | None = None
-    timeout_s: float | None = None
-    priority: int = 0
-    cache_salt: str = ""
+__all__ = ["Engine", "Submission"]
 
 
 class Engine:
@@ -106,6 +79,7 @@ class Engine:
         self._device = torch.device(device)
         self._on_fatal = on_fatal
         self._delivery = Delivery(tokenizer, config.eos_token_ids, telemetry)
+        self._admission = Admission(config, runner.vocab_size, self._delivery)
         self._grammars = GrammarCompiler(tokenizer, runner.vocab_size, config.eos_token_ids, telemetry)
         self._scheduler = Scheduler(config)
         sampler = Sampler(runner.vocab_size, self._device)
@@ -131,7 +105,7 @@ class Engine:
     def submit(self, submission: Submission) -> None:
         """Take a request; every outcome goes to its responder."""
         try:
-            answer = self._new_answer(submission)
+            answer = self._admission.answer(submission, self._clock())
             self._enter(answer)
         except TriptychError as error:
             self._telemetry.add("triptych_requests_total", outcome=error.kind.value)
@@ -173,79 +147,6 @@ class Engine:
     def check(self) -> None:
         """Verify the invariants of queues and blocks; only while nothing runs, or after `close`."""
         self._scheduler.check()
-
-    def _new_answer(self, submission: Submission) -> Answer:
-        """Check against the limits.
-
-        Raises:
-            TriptychError: CONTEXT_LENGTH_EXCEEDED, INVALID_REQUEST or TOO_LARGE.
-        """
-        config, params, prompt = self.config, submission.sampling, submission.prompt
-        max_tokens = config.max_tokens(len(prompt), params.max_tokens)
-        for start, end in prompt.spans:
-            config.check_span(end - start)
-        vocab_size = self._runner.vocab_size
-        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
-            for token_id in ids:
-                if token_id >= vocab_size:
-                    raise TriptychError(
-                        ErrorKind.INVALID_REQUEST,
-                        f"{name} names token {token_id}, but the vocabulary has {vocab_size} tokens",
-                        name,
-                    )
-        if prompt.media_bytes > config.max_media_bytes:
-            raise TriptychError(
-                ErrorKind.TOO_LARGE,
-                f"the request's media take {prompt.media_bytes / 2**20:.1f} MiB of embeddings, but all requests "
-                f"together may have {config.max_media_bytes / 2**20:g} (max_media_mb)",
-                "messages",
-            )
-        now = self._clock()
-        answer = Answer(
-            request_id=submission.request_id,
-            prompt=prompt,
-            sampling=params,
-            responder=submission.responder,
-            stream=submission.stream,
-            lease_s=submission.lease_s,
-            timeout_s=min(config.timeout_s, submission.timeout_s or config.timeout_s),
-            arrival=now,
-            renewed=now,
-            last_sent=now,
-        )
-        seed = draw_seed() if params.seed is None else params.seed
-        # without a prefix cache the choices of one prompt still share it, among themselves
-        shared = config.prefix_cache or params.n > 1
-        salt = submission.cache_salt if config.prefix_cache else f"{draw_seed()}"
-        for index in range(params.n):
-            own_seed = seed_of_choice(seed, index)
-            sampler = SamplerState(params, prompt.token_ids, own_seed, self._stop_ids(params), vocab_size)
-            request = Request(
-                submission.request_id,
-                prompt,
-                max_tokens,
-                config.block_size,
-                len(config.num_blocks),
-                priority=submission.priority,
-                index=index,
-                salt=salt,
-                cacheable=shared,
-                sampler=sampler,
-                choice=self._delivery.choice(answer),
-            )
-            guesses = config.speculative_tokens if params.speculative_tokens is None else params.speculative_tokens
-            if guesses and params.grammar is None and not sampler.needs_history:
-                request.speculative_tokens = guesses
-                request.speculation = PromptLookup(prompt.token_ids.tolist(), guesses, vocab_size)
-            if shared:
-                # here rather than on the engine's thread
-                request.keys = list(answer.choices[0].keys if index else request.block_keys(len(prompt)))
-            answer.choices.append(request)
-        answer.num_open = params.n
-        return answer
-
-    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        return frozenset(params.stop_token_ids) | self.config.eos_token_ids
 
     def _enter(self, answer: Answer) -> None:
         """Count a request in.
@@ -293,7 +194,7 @@ class Engine:
             error = outcome
             self._post(lambda: self._fail(answer, error))
             return
-        stop_ids = self._stop_ids(answer.sampling)
+        stop_ids = self._admission.stop_ids(answer.sampling)
         try:
             for request in answer.choices:
                 state = request.sampler
@@ -417,7 +318,7 @@ class Engine:
             elif answer.lease_s is not None and now - answer.renewed >= answer.lease_s:
                 message = f"the request's lease of {answer.lease_s:g} s was not renewed"
                 self._fail(answer, TriptychError(ErrorKind.CANCELLED, message))
-            elif now - answer.last_sent >= self.config.heartbeat_s:
+            elif now - answer.last_sent >= self.config.heartbeat_s and answer.choices[0].number:
                 self._send(answer, Delta(), now)
         self._telemetry.set("triptych_requests_running", len(self._scheduler.running))
         self._telemetry.set("triptych_requests_waiting", len(self._scheduler.waiting))
