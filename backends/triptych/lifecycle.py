@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import locale
 import logging
@@ -106,6 +107,9 @@ class HostedStage:
             server = os.getppid()
             self._telemetry = MetricsThread(config.labels, lambda: _end_with(server))
             self._stage: Stage = stage_class(config.stage)(config.settings, self._telemetry, config.device)
+            # what was loaded stays: collections that walk through all of it would hold up every stream
+            gc.collect()
+            gc.freeze()
         except TriptychError as error:
             raise pb_utils.TritonModelException(error.to_wire()) from None
         except Exception as error:  # noqa: BLE001 - a load must fail with one clear message
