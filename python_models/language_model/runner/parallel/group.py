@@ -19,7 +19,7 @@ from ....contract.errors import ErrorKind, TriptychError
 
 logger = logging.getLogger(__name__)
 
-ONE_SHOT_BYTES = 512 * 2**10
+ONE_SHOT_BYTES = 2**20
 """Tensors up to this size are summed by one kernel that reads all peers; larger ones go through NCCL."""
 _ALIGNMENT = 16
 _JOIN_S = 600
