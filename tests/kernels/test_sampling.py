@@ -90,7 +90,7 @@ _CUTS = [
 @pytest.mark.parametrize(
     ("spread", "vocabulary", "chunk", "tile"),
     [
-        (0, 300, 32, 64),
+        (0, 300, 32, 512),
         (3, 301, 32, 64),
         (30, 300, 32, 64),
         (0.5, 300, 256, 512),
@@ -116,9 +116,9 @@ def test_draws_what_the_reference_draws(device, spread, vocabulary, chunk, tile)
 def test_ties_keep_the_lower_tokens(device, cut):
     """Four values only, so every edge runs through dozens of equal logits."""
     torch.manual_seed(0)
-    logits = torch.randint(0, 4, (6, 300), device=device).float()
-    uniform = torch.linspace(0, 1 - 1e-9, 6, dtype=torch.float64, device=device)
-    settings = _settings(device, [cut] * 6)
+    logits = torch.randint(0, 4, (4, 300), device=device).float()
+    uniform = torch.linspace(0, 1 - 1e-9, 4, dtype=torch.float64, device=device)
+    settings = _settings(device, [cut] * 4)
     tokens = launch_draw(logits, *settings, uniform, chunk=32, tile=64)
     _assert_as_the_reference(tokens, logits, settings, uniform)
     if cut[1] == 30:
@@ -142,7 +142,7 @@ def test_the_draw_does_not_depend_on_the_batch(device):
 
 @pytest.mark.parametrize("cut", [(1.0, 0, 1.0, 0.0), (0.7, 4, 1.0, 0.0), (1.0, 0, 0.7, 0.0), (1.0, 0, 1.0, 0.2)])
 def test_frequencies_are_probabilities(device, cut):
-    """Draws at 40 evenly spread numbers are a token's probability times 40, give or take one."""
+    """Draws at 24 evenly spread numbers are a token's probability times 24, give or take one."""
     torch.manual_seed(0)
     row = 2 * torch.randn(12)
     heat, k, p, m = cut
@@ -154,12 +154,12 @@ def test_frequencies_are_probabilities(device, cut):
     kept &= probability >= m * probability.max()
     expected = torch.where(kept, probability, 0.0)
     expected /= expected.sum()
-    uniform = ((torch.arange(40) + 0.5) / 40).double().to(device)
-    settings = _settings(device, [cut] * 40)
+    uniform = ((torch.arange(24) + 0.5) / 24).double().to(device)
+    settings = _settings(device, [cut] * 24)
     for run, sizes in ((launch_draw, {"chunk": 4, "tile": 8}), (draw_reference, {})):
-        tokens = run(row.to(device).expand(40, 12).contiguous(), *settings, uniform, **sizes)
+        tokens = run(row.to(device).expand(24, 12).contiguous(), *settings, uniform, **sizes)
         counts = torch.bincount(tokens.cpu(), minlength=12)
-        assert (counts - 40 * expected).abs().max() <= 1.01
+        assert (counts - 24 * expected).abs().max() <= 1.01
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
