@@ -255,7 +255,8 @@ class Engine:
             self._telemetry.add("triptych_preemptions_total", len(plan.preempted))
         if plan.work:
             self._telemetry.observe("triptych_batch_size", len(plan.work))
-            self._telemetry.observe("triptych_engine_step_seconds", self._pipeline.last_s)
+            if self._pipeline.last_s:
+                self._telemetry.observe("triptych_engine_step_seconds", self._pipeline.last_s)
             self._log.add(plan.work)
         self._delivery.flush()
         self._log.write(now, self._scheduler)

@@ -45,11 +45,13 @@ class Step:
         work: what it computes.
         began: when it was planned.
         pending: the tokens of all rows with logits, in order; None where there are none.
+        fence: the end of such a step on a GPU, so that the host does not run ahead by several chunks of a prompt.
     """
 
     work: Sequence[Work]
     began: float
     pending: Pending | None = None
+    fence: torch.cuda.Event | None = None
 
 
 class Pipeline:
@@ -114,6 +116,9 @@ class Pipeline:
                     logits = logits[_rows_of(step.work)]
                     step.work = live
             step.pending = self._sample(step.work, logits)
+            if step.pending is None and logits.is_cuda:
+                step.fence = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                step.fence.record()
         except Exception as error:
             if device_lost(error):
                 raise
@@ -146,6 +151,8 @@ class Pipeline:
     def _finish(self, scheduler: Scheduler, step: Step, later: Step | None = None) -> None:
         """Read a step; where that raises, compute it again without ``later``, which was queued on top of it."""
         try:
+            if step.fence is not None:
+                step.fence.synchronize()
             sampled = step.pending.result() if step.pending is not None else []
         except Exception as error:
             if device_lost(error):
