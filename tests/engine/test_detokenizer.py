@@ -48,7 +48,7 @@ def tokenizer(request):
 
 def run(tokenizer, ids, **options):
     """Pieces of text, and what matched."""
-    detokenizer = Detokenizer(tokenizer, SamplingParams(**options))
+    detokenizer = Detokenizer(Vocabulary(tokenizer), SamplingParams(**options))
     pieces = []
     for token in ids:
         piece = detokenizer.add(token)
@@ -66,15 +66,22 @@ def test_pieces_add_up_and_characters_are_never_split(tokenizer):
     assert sum(1 for p in pieces if p) > 50
 
 
-@given(ids=st.lists(st.integers(1, 289), max_size=120))
-@settings(max_examples=60, deadline=None)
-def test_any_bytes_give_the_text_of_decoding_at_once(ids):
-    tokenizer = BYTE_LEVEL
-    pieces, _ = run(tokenizer, ids)
-    assert "".join(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+def with_added_tokens():
+    made = byte_level()
+    made.add_tokens(["<tool call>", "漢漢", "é", transformers.AddedToken("<|x|>", special=True)], special_tokens=False)
+    return made
 
 
-BYTE_LEVEL = byte_level()
+BYTE_LEVEL = with_added_tokens()
+
+
+# beyond the end of the vocabulary too, as a padded head can give them
+@given(ids=st.lists(st.integers(0, len(BYTE_LEVEL) + 3), max_size=120), skip=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_any_tokens_give_the_text_of_decoding_at_once(ids, skip):
+    pieces, _ = run(BYTE_LEVEL, ids, skip_special_tokens=skip)
+    whole = BYTE_LEVEL.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    assert "".join(pieces) == whole
 
 
 def test_bytes_that_never_become_a_character_come_out(tokenizer):

@@ -97,7 +97,6 @@ class Delivery:
     """Makes deltas of tokens."""
 
     def __init__(self, tokenizer: Tokenizer, eos_token_ids: frozenset[int], telemetry: Telemetry) -> None:
-        self._tokenizer = tokenizer
         self._vocabulary = Vocabulary(tokenizer)
         self._eos_token_ids = eos_token_ids
         self._telemetry = telemetry
@@ -105,7 +104,7 @@ class Delivery:
 
     def choice(self, answer: Answer) -> Choice:
         """A new choice of an answer."""
-        return Choice(answer, Detokenizer(self._tokenizer, answer.sampling))
+        return Choice(answer, Detokenizer(self._vocabulary, answer.sampling))
 
     def take(self, request: Request, choice: Choice, sampled: Sequence[Sampled], now: float) -> Delta | None:
         """Take new tokens; what there is to say, if anything. Tokens behind an end are dropped.
