@@ -22,7 +22,7 @@ from .runner.parallel.runner import ParallelRunner
 
 logger = logging.getLogger(__name__)
 
-_LAST_WORDS_S = 3.0
+_LAST_WORDS_S = 2.0
 
 
 class LanguageModelStage(Stage):
@@ -127,8 +127,16 @@ class LanguageModelStage(Stage):
         """End the process soon: its device may wait for ever in a collective for a rank that is gone."""
         logger.critical("%s", error.message)
         if torch.device(self.device).type == "cuda":
-            # requests hear of it first; the server's supervisor loads the model again
-            threading.Timer(_LAST_WORDS_S, os._exit, (1,)).start()
+            # an engine that is not held by its device ends by itself before that
+            threading.Timer(_LAST_WORDS_S, self._give_up, (error,)).start()
+
+    def _give_up(self, error: TriptychError) -> None:
+        """Say so to every request and end the process; the server's supervisor has the model loaded again."""
+        # a rank may be lost before there is an engine
+        if (engine := getattr(self, "engine", None)) is not None:
+            engine.abandon(error)
+        self._end()
+        os._exit(1)
 
 
 def _overlap(settings: Settings, device: str) -> bool:

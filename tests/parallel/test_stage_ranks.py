@@ -144,3 +144,25 @@ def test_a_lost_rank_ends_the_requests(make_stage: Any, number: signal.Signals, 
     assert probe.done.wait(5)
     assert probe.error is not None
     assert probe.error.kind is ErrorKind.STAGE_DEAD
+
+
+def test_an_engine_held_by_its_device_is_given_up(make_stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = make_stage()
+    held, ended, exits = threading.Event(), threading.Event(), list[int]()
+    forward = stage._runner.forward
+    monkeypatch.setattr(stage._runner, "forward", lambda slices: (held.wait(60), forward(slices))[1])
+    monkeypatch.setattr(os, "_exit", exits.append)
+    stage.on_fatal = ended.set
+    answers = [ask(stage, prompt, 5) for prompt in prompts(2)]
+    stage._give_up(TriptychError(ErrorKind.STAGE_DEAD, "rank 3 is stuck", None, "language_model"))
+    for answer in answers:
+        assert answer.done.is_set()
+        assert answer.error is not None
+        assert answer.error.message == "rank 3 is stuck"
+    assert ended.is_set()
+    assert exits == [1]
+    late = ask(stage, [1, 2, 3], 5)
+    assert late.done.is_set()
+    assert late.error is not None
+    assert late.error.kind is ErrorKind.STAGE_DEAD
+    held.set()

@@ -144,6 +144,16 @@ class Engine:
                 ErrorKind.STAGE_FAILED, f"the engine's thread is still in a step after {_CLOSE_S:g} s", None, _STAGE
             )
 
+    def abandon(self, error: TriptychError) -> None:
+        """End every request from any thread, where the engine's own may wait for its device for ever."""
+        with self._wake:
+            self._closing = True
+        # those that nobody has looked at yet too
+        self._run_commands(last=True)
+        for answer in list(self._answers):
+            if not answer.done:
+                answer.deliver(error)
+
     def check(self) -> None:
         """Verify the invariants of queues and blocks; only while nothing runs, or after `close`."""
         self._scheduler.check()
