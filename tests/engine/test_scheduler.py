@@ -406,6 +406,8 @@ def test_impossible_pools_and_spans_are_refused():
     with pytest.raises(TriptychError, match=r"20 tokens can never fit.*window of 9"):
         config((100, 6), windows=(None, 9)).check_span(20)
     config((100, 8), windows=(None, 9)).check_span(20)
+    # no request is as long as that window
+    config((4, 4), windows=(None, 100)).check_span(16)
 
 
 def test_blocks_with_other_positions_are_other_blocks():

@@ -74,9 +74,10 @@ class EngineConfig:
 
     def blocks_of_span(self, window: int, span: int) -> int:
         """Blocks of a group with this window that the computation of ``span`` tokens in one piece needs."""
-        tokens = min(window - 1 + span, self.max_length)
+        longest = max(self.max_length - 1, 1)
+        tokens = min(window - 1 + span, longest)
         # it may begin anywhere in a block
-        return min((tokens - 2) // self.block_size + 2, -(-self.max_length // self.block_size)) if tokens > 1 else 1
+        return min((tokens - 2) // self.block_size + 2, -(-longest // self.block_size)) if tokens > 1 else 1
 
     def check_span(self, span: int) -> None:
         """Refuse a prompt with an uncuttable piece of ``span`` tokens that can never be computed.
