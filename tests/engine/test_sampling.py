@@ -225,6 +225,53 @@ def test_penalties_follow_the_tokens_step_by_step(logits):
     assert sampler._counts.table.shape[0] == 8
 
 
+KINDS = [
+    {"temperature": 0},
+    {"temperature": 0.8, "top_p": 0.7},
+    {"top_k": 3},
+    {"temperature": 0, "repetition_penalty": 1.5, "presence_penalty": 0.3},
+    {"temperature": 0, "logit_bias": {4: 9.0}, "logprobs": True, "top_logprobs": 2},
+    {"min_p": 0.1, "min_tokens": 9, "stop_ids": (3, 8)},
+    {"temperature": 0, "logprobs": True},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kinds", [KINDS[:1], KINDS], ids=["greedy", "mixed"])
+def test_a_gpu_chooses_the_same_and_is_never_waited_for(kinds):
+    device = "cuda"
+    generator = torch.Generator().manual_seed(5)
+    samplers = [Sampler(V, "cpu"), Sampler(V, device)]
+    lives = [[state(seed=i, **kinds[i % len(kinds)]) for i in range(21)] for _ in samplers]
+    last = [torch.full((32,), -9), torch.full((32,), -9, device=device)]
+    for step in range(6):
+        logits = torch.randn(21, V, generator=generator) * 3
+        logits[20] = torch.nan
+        found = []
+        for sampler, states, tokens in zip(samplers, lives, last, strict=True):
+            rows = [SampleRow(one, (i + step) % 32 if i % 4 else -1, step) for i, one in enumerate(states)]
+            given = logits.to(tokens.device)
+            if step and tokens.is_cuda:
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                pending = sampler.launch(given, rows, tokens)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            found.append(pending.result())
+            for one, sampled in zip(states, found[-1], strict=True):
+                one.accept(max(sampled.token_id, 0))
+        ours, theirs = found
+        assert [s.token_id for s in ours] == [s.token_id for s in theirs]
+        assert theirs[20].token_id == -1
+        for one, other in zip(ours[:20], theirs[:20], strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [i for i, _ in one.top] == [i for i, _ in other.top]
+        kept = last[0] != -9
+        kept[(20 + step) % 32] = False
+        assert torch.equal(last[0][kept], last[1].cpu()[kept])
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_unusable_logits_are_told(poison, logits):
     bad = logits.clone()

@@ -218,17 +218,15 @@ class Sampler:
 
     def _remember(self, tokens: torch.Tensor, rows: Sequence[SampleRow], last_tokens: torch.Tensor) -> None:
         slots = tuple(row.slot for row in rows)
-        kept = [k for k, slot in enumerate(slots) if slot >= 0]
-        if not kept:
-            return
         if self._slots is None or self._slots[0] != slots:
             # in a steady run of decodes these stay the same
-            places = np.array([kept, [slots[k] for k in kept]], dtype=np.int64)
+            kept = [k for k, slot in enumerate(slots) if slot >= 0]
+            places = np.array([kept, [slots[k] for k in kept]], dtype=np.int64).reshape(2, -1)
             self._slots = slots, _upload({"places": places}, self._device)["places"]
         source, target = self._slots[1]
-        if len(kept) < len(rows):
-            tokens = tokens.index_select(0, source)
-        last_tokens.index_copy_(0, target, tokens)
+        if len(target):
+            tokens = tokens if len(target) == len(rows) else tokens.index_select(0, source)
+            last_tokens.index_copy_(0, target, tokens)
 
     def _adjustments(self, rows: Sequence[SampleRow]) -> dict[str, Array]:
         """What changes logits, packed for one copy to the device. Places are in the flattened [N * V] scores."""
