@@ -41,43 +41,55 @@ def _weight_tile(weight, rows, columns, row_stride, count, K: tl.constexpr, EVEN
 
 
 @triton.jit
-def _x_tile(
-    x, norm, rstd, tokens, columns, x_row, count, offset, K: tl.constexpr, NORM: tl.constexpr, GEMMA: tl.constexpr
-):
-    """float32 [M, 1, BLOCK_K] of x, normed as kernels.norm does; zero where there is none."""
-    known = (columns < K)[None, None, :]
-    inside = (tokens < count)[:, None, None] & known
+def _x_tile(x, tokens, columns, x_row, count, K: tl.constexpr):
+    """float32 [M, 1, BLOCK_K] of x; zero where there is none."""
+    inside = (tokens < count)[:, None, None] & (columns < K)[None, None, :]
     pointers = x + tokens.to(tl.int64)[:, None, None] * x_row + columns[None, None, :]
-    value = tl.load(pointers, inside, other=0.0).to(tl.float32)
-    if NORM:
-        scale = tl.load(norm + columns[None, None, :], known, other=0.0).to(tl.float32)
-        value *= rstd[:, :, None]
-        value = value * (offset + scale) if GEMMA else value.to(x.dtype.element_ty).to(tl.float32) * scale
-        value = value.to(x.dtype.element_ty).to(tl.float32)
-    return value
+    return tl.load(pointers, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _finish(
-    y, y_up, bias, residual, out, tokens, rows, inside, residual_row, count_n, GATE: tl.constexpr, BIAS: tl.constexpr
-):
-    """Bias, gate, residual and the store of a tile of results, rounded where separate ops would round.
+def _norm_tile(norm, columns, K: tl.constexpr):
+    """float32 [1, 1, BLOCK_K] of the norm's weight."""
+    return tl.load(norm + columns[None, None, :], (columns < K)[None, None, :], other=0.0).to(tl.float32)
 
-    y, y_up: float32; tokens, rows: index tensors that broadcast to y's shape; inside: mask of y's shape.
+
+@triton.jit
+def _normed(value, scale, rstd, offset, dtype: tl.constexpr, GEMMA: tl.constexpr):
+    """The norm's last step, rounded as kernels.norm rounds."""
+    value *= rstd[:, :, None]
+    value = value * (offset + scale) if GEMMA else value.to(dtype).to(tl.float32) * scale
+    return value.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _extras(bias, residual, tokens, rows, inside, residual_row, count_n, GATE: tl.constexpr, BIAS: tl.constexpr):
+    """float32 bias, bias of the up projection and residual of a tile of results; 0 where there is none.
+
+    tokens, rows: index tensors that broadcast to the tile's shape; inside: mask of that shape.
     """
-    dtype = out.dtype.element_ty
     known = rows < count_n
+    first = 0.0
+    second = 0.0
+    added = 0.0
     if BIAS:
-        y += tl.load(bias + rows, known, other=0.0).to(tl.float32)
-    y = y.to(dtype).to(tl.float32)
-    if GATE != "":
-        if BIAS:
-            y_up += tl.load(bias + count_n + rows, known, other=0.0).to(tl.float32)
-        y = activate(y, GATE).to(dtype).to(tl.float32) * y_up.to(dtype).to(tl.float32)
-        y = y.to(dtype).to(tl.float32)
+        first = tl.load(bias + rows, known, other=0.0).to(tl.float32)
+        if GATE != "":
+            second = tl.load(bias + count_n + rows, known, other=0.0).to(tl.float32)
     if residual is not None:
-        y += tl.load(residual + tokens.to(tl.int64) * residual_row + rows, inside, other=0.0).to(tl.float32)
-    tl.store(out + tokens.to(tl.int64) * count_n + rows, y.to(dtype), inside)
+        added = tl.load(residual + tokens.to(tl.int64) * residual_row + rows, inside, other=0.0).to(tl.float32)
+    return first, second, added
+
+
+@triton.jit
+def _finish(y, y_up, extras, out, tokens, rows, inside, count_n, GATE: tl.constexpr):
+    """Bias, gate, residual and the store of a tile of float32 results, rounded where separate ops would round."""
+    dtype = out.dtype.element_ty
+    y = (y + extras[0]).to(dtype).to(tl.float32)
+    if GATE != "":
+        y = activate(y, GATE).to(dtype).to(tl.float32) * (y_up + extras[1]).to(dtype).to(tl.float32)
+        y = y.to(dtype).to(tl.float32)
+    tl.store(out + tokens.to(tl.int64) * count_n + rows, (y + extras[2]).to(dtype), inside)
 
 
 @triton.jit(do_not_specialize=["groups", "prefetch", "count_m"])
@@ -120,6 +132,8 @@ def _fma_kernel(
     tile = _weight_tile(weight, first + lanes, columns, weight_row, count_n, K, EVEN)
     if GATE != "":
         tile_up = _weight_tile(weight_up, first + lanes, columns, weight_row, count_n, K, EVEN)
+    if NORM:
+        scale = _norm_tile(norm, columns, K)
     if PDL:
         if prefetch > 0:
             if STEPS == 1:
@@ -134,18 +148,22 @@ def _fma_kernel(
                 prefetch_rows(weight_up + start, prefetch, wanted, BLOCK_N)
         tl.extra.cuda.gdc_wait()
 
-    rstd = tl.zeros([M, 1], tl.float32)
+    dtype: tl.constexpr = x.dtype.element_ty
+    value = _x_tile(x, tokens, columns, x_row, count_m, K)
     if NORM:
-        squares = tl.zeros([M, 1, BLOCK_K], tl.float32)
-        for step in range(STEPS):
-            value = _x_tile(x, norm, rstd, tokens, columns + step * BLOCK_K, x_row, count_m, offset, K, False, False)
-            squares += value * value
+        squares = value * value
+        for step in range(1, STEPS):
+            later = _x_tile(x, tokens, columns + step * BLOCK_K, x_row, count_m, K)
+            squares += later * later
         rstd = tl.rsqrt(tl.sum(squares, 2) / K + eps)
-    if STEPS == 1:
-        value = _x_tile(x, norm, rstd, tokens, columns, x_row, count_m, offset, K, NORM, GEMMA)
+        if STEPS == 1:
+            value = _normed(value, scale, rstd, offset, dtype, GEMMA)
 
     for group in range(groups):
         rows = first + group * BLOCK_N + lanes
+        inside = (tokens < count_m)[:, None] & (rows < count_n)[None, :]
+        # early: they come from as far as a tile
+        extras = _extras(bias, residual, tokens[:, None], rows[None, :], inside, residual_row, count_n, GATE, BIAS)
         acc = tl.zeros([M, BLOCK_N, BLOCK_K], tl.float32)
         if GATE != "":
             acc_up = tl.zeros([M, BLOCK_N, BLOCK_K], tl.float32)
@@ -162,7 +180,10 @@ def _fma_kernel(
             if GATE != "":
                 tile_up = _weight_tile(weight_up, next_rows, next_columns, weight_row, count_n, K, EVEN)
             if STEPS > 1:
-                value = _x_tile(x, norm, rstd, tokens, columns + step * BLOCK_K, x_row, count_m, offset, K, NORM, GEMMA)
+                value = _x_tile(x, tokens, columns + step * BLOCK_K, x_row, count_m, K)
+                if NORM:
+                    scale = _norm_tile(norm, columns + step * BLOCK_K, K)
+                    value = _normed(value, scale, rstd, offset, dtype, GEMMA)
             acc += current * value
             if GATE != "":
                 acc_up += current_up * value
@@ -170,8 +191,7 @@ def _fma_kernel(
         y_up = y
         if GATE != "":
             y_up = tl.sum(acc_up, 2)
-        inside = (tokens < count_m)[:, None] & (rows < count_n)[None, :]
-        _finish(y, y_up, bias, residual, out, tokens[:, None], rows[None, :], inside, residual_row, count_n, GATE, BIAS)
+        _finish(y, y_up, extras, out, tokens[:, None], rows[None, :], inside, count_n, GATE)
 
 
 @triton.jit
@@ -277,7 +297,8 @@ def _dot_kernel(
     )
     inside = (rows < count_n)[:, None] & (tokens < count_m)[None, :]
     if partial is None:
-        _finish(y, y_up, bias, residual, out, tokens[None, :], rows[:, None], inside, residual_row, count_n, GATE, BIAS)
+        extras = _extras(bias, residual, tokens[None, :], rows[:, None], inside, residual_row, count_n, GATE, BIAS)
+        _finish(y, y_up, extras, out, tokens[None, :], rows[:, None], inside, count_n, GATE)
     else:
         width = 2 * count_n if GATED else count_n
         place = partial + (tl.program_id(1).to(tl.int64) * count_m + tokens)[None, :] * width + rows[:, None]
@@ -308,6 +329,7 @@ def _reduce_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    extras = _extras(bias, residual, token, rows, inside, residual_row, count_n, GATE, BIAS)
     y = tl.zeros([BLOCK], tl.float32)
     y_up = tl.zeros([BLOCK], tl.float32)
     # always in this order: the same sum every time
@@ -316,4 +338,4 @@ def _reduce_kernel(
         y += tl.load(source, inside, other=0.0)
         if GATE != "":
             y_up += tl.load(source + count_n, inside, other=0.0)
-    _finish(y, y_up, bias, residual, out, token, rows, inside, residual_row, count_n, GATE, BIAS)
+    _finish(y, y_up, extras, out, token, rows, inside, count_n, GATE)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
-from .._launch import pdl
+from .._launch import next_power_of_2, pdl
 from ..activation import KINDS
 from ..norm import rms_norm
 from .kernel import _dot_kernel, _fma_kernel, _reduce_kernel
@@ -32,6 +33,10 @@ def _nearest(rows: int, out_features: int, in_features: int, major: int) -> Entr
     if distance(shape) > _REACH or in_features % 8:
         return None
     entry = next((entry for most, entry in TABLE[shape] if rows <= most), None)
+    widest = next_power_of_2(in_features)
+    if isinstance(entry, Fma) and entry.block_k > widest:
+        # narrower weights: as many elements of a tile, none of them beside the weight
+        return replace(entry, block_n=entry.block_n * (entry.block_k // widest), block_k=widest)
     # the ways with tensor cores are measured on sm_90 only
     return entry if major == 9 or isinstance(entry, Fma) else None
 

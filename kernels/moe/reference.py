@@ -56,8 +56,8 @@ def experts_reference(
     order = order[before : before + sum(count for _, count in here)]
     tokens = order.div(experts.shape[1], rounding_mode="floor")
     sizes = [count for _, count in here]
-    rows = x[tokens].split(sizes)
+    rows = torch.split(x[tokens], sizes)
     both = torch.cat([functional.linear(part, gate_up[expert]) for (expert, _), part in zip(here, rows, strict=True)])
-    hidden = gated_reference(both, activation).split(sizes)
+    hidden = torch.split(gated_reference(both, activation), sizes)
     parts = torch.cat([functional.linear(part, down[expert]) for (expert, _), part in zip(here, hidden, strict=True)])
     return out.index_add_(0, tokens, (parts * weights.flatten()[order].unsqueeze(-1)).to(out.dtype))
