@@ -7,17 +7,26 @@ for an empty final response, and both copy every blob once more.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.request import ChatRequest
 from triptych.python_models.contract.settings import Settings
-from triptych.python_models.contract.tensors import CANCEL, CHAT, CHAT_TEXT, DELTA, MEDIA, RENEW, REQUEST, TensorSpec
+from triptych.python_models.contract.tensors import (
+    CANCEL,
+    CHAT,
+    CHAT_TEXT,
+    DELTA,
+    MEDIA,
+    RENEW,
+    REQUEST,
+    STRING,
+    TensorSpec,
+)
 
 # The server is often on the loopback interface, where a proxy of the environment would be in the way.
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -27,11 +36,6 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 _LENGTH = struct.Struct("<I")
-_NUMPY: dict[str, np.dtype[Any]] = {
-    "TYPE_INT32": np.dtype("<i4"),
-    "TYPE_FP32": np.dtype("<f4"),
-    "TYPE_UINT8": np.dtype("u1"),
-}
 
 
 def target(url: str) -> str:
@@ -86,12 +90,13 @@ def delta_of(response: Any) -> Delta | None:
     if not response.outputs:
         return None
     found = {output.name: raw for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)}
-    missing = [spec.name for spec in DELTA if spec.name not in found]
-    if missing:
+    try:
+        return Delta.from_tensors({name: decode(found[name]) for name, decode in _DECODERS})
+    except KeyError:
+        missing = ", ".join(name for name, _ in _DECODERS if name not in found)
         raise TriptychError(
-            ErrorKind.STAGE_FAILED, f"the server's answer lacks {', '.join(missing)}", stage="language_model"
-        )
-    return Delta.from_tensors({spec.name: _decode(spec, found[spec.name]) for spec in DELTA})
+            ErrorKind.STAGE_FAILED, f"the server's answer lacks {missing}", stage="language_model"
+        ) from None
 
 
 def settings_of(config_response: Any) -> Settings:
@@ -124,14 +129,14 @@ def _add_strings(message: Any, spec: TensorSpec, values: Sequence[bytes]) -> Non
     message.raw_input_contents.append(b"".join(pieces))
 
 
-def _decode(spec: TensorSpec, raw: bytes) -> Any:
-    return list(_strings(raw)) if spec.dtype == "TYPE_STRING" else np.frombuffer(raw, _NUMPY[spec.dtype])
+def _string(raw: bytes) -> list[bytes]:
+    """The one element of a STRING tensor."""
+    return [raw[_LENGTH.size :]]
 
 
-def _strings(raw: bytes) -> Iterator[bytes]:
-    at = 0
-    while at < len(raw):
-        (length,) = _LENGTH.unpack_from(raw, at)
-        at += _LENGTH.size
-        yield raw[at : at + length]
-        at += length
+def _integers(raw: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(raw) // 4}i", raw)
+
+
+# once per message of every stream, so no numpy on the way
+_DECODERS = tuple((spec.name, _string if spec.dtype == STRING else _integers) for spec in DELTA)

@@ -98,11 +98,12 @@ class Delta:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Any]) -> Delta:
         """Inverse of :meth:`to_tensors`; STRING tensors are sequences of bytes or str."""
+        ids = tensors["token_ids"]
         raw = _text(tensors["info"])
-        info = json.loads(raw) if raw else {}
+        info: dict[str, Any] = json.loads(raw) if raw else {}
         return cls(
             text=_text(tensors["text"]),
-            token_ids=tuple(np.asarray(tensors["token_ids"]).tolist()),
+            token_ids=tuple(ids.tolist() if isinstance(ids, np.ndarray) else ids),
             logprobs=tuple(
                 TokenLogprob(
                     item["token_id"],
