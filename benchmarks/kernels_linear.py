@@ -12,6 +12,7 @@ residual addition; "fused" is kernels.linear, which has them inside. A result of
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import multiprocessing
@@ -217,15 +218,42 @@ def step(model: dict[str, list[torch.Tensor]], rows: int, fused: bool) -> Callab
     return run_fused if fused else run_separate
 
 
+def compare(model: dict[str, list[torch.Tensor]], rows: int) -> str:
+    """A step's logits from a graph: the same bits each time, and how far from those of separate ops.
+
+    A kernel that read what the one before it had not written yet would show here.
+    """
+    torch.manual_seed(rows)
+    work = step(model, rows, True)
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+    found = []
+    for _ in range(5):
+        graph.replay()
+        found.append(out.clone())
+    torch.manual_seed(rows)
+    separate = step(model, rows, False)().float()
+    error = float((found[0].float() - separate).square().mean().sqrt() / separate.square().mean().sqrt())
+    same = all(torch.equal(found[0], other) for other in found[1:])
+    return f"{error:.1%}" + ("" if same else "  WRONG: not the same bits each time")
+
+
 def by_step(model: dict[str, list[torch.Tensor]], all_rows: tuple[int, ...]) -> dict[int, dict[str, float]]:
     total = sum(layer.bytes * layer.copies for layer in LAYER_KINDS)
     figures = {}
     print(f"\nall linears of a step ({total / 1e9:.1f} GB), with norms, activations, residuals")
-    print(f"{'rows':>4}  {'separate ms':>11} {'fused ms':>9}  {'TB/s':>4}  {'tok/s':>8}")
+    print(f"{'rows':>4}  {'separate ms':>11} {'fused ms':>9}  {'TB/s':>4}  {'tok/s':>8}  difference of logits")
     for rows in all_rows:
         separate, fused = (milliseconds(step(model, rows, way)) for way in (False, True))
         figures[rows] = {"separate_ms": round(separate, 4), "fused_ms": round(fused, 4)}
-        print(f"{rows:4}  {separate:11.3f} {fused:9.3f}  {total / fused / 1e9:4.2f}  {rows * 1e3 / fused:8.0f}")
+        print(
+            f"{rows:4}  {separate:11.3f} {fused:9.3f}  {total / fused / 1e9:4.2f}  {rows * 1e3 / fused:8.0f}  "
+            f"{compare(model, rows)}",
+            flush=True,
+        )
     return figures
 
 
@@ -441,6 +469,8 @@ def main() -> None:
     parser.add_argument("--steps-only", action="store_true", help="leave out the single layers")
     arguments = parser.parse_args()
     model = weights()
+    # capturing a graph collects garbage, and there are many graphs
+    gc.freeze()
     if arguments.tune:
         ways = ("fma", "dot") if arguments.tune == "all" else (arguments.tune,)
         tune(model, ways, arguments.out, arguments.budget)
