@@ -35,10 +35,16 @@ def make_group(faults: list[TriptychError], monkeypatch: pytest.MonkeyPatch) -> 
     before = {p.pid for p in psutil.Process().children(recursive=True)}
 
     def make(
-        size: int = 2, build: str = "parallel_fakes:build", expert_parallel: bool = False, **options: Any
+        size: int = 2,
+        build: str = "parallel_fakes:build",
+        expert_parallel: bool = False,
+        device: str = "cpu",
+        one_shot: bool = True,
+        **options: Any,
     ) -> ParallelRunner:
-        recipe = Recipe(build, options, expert_parallel, dtype="float32")
-        runner = ParallelRunner(recipe, ["cpu"] * size, faults.append)
+        recipe = Recipe(build, options, expert_parallel, "float32", one_shot)
+        devices = ["cpu"] * size if device == "cpu" else [f"{device}:{rank}" for rank in range(size)]
+        runner = ParallelRunner(recipe, devices, faults.append)
         made.append(runner)
         runner.allocate([64] * len(runner.kv_groups))
         return runner

@@ -13,6 +13,7 @@ from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.families.loading import model_class, outline
 from triptych.python_models.families.weights import SafetensorsSource
 from triptych.python_models.language_model.runner import fused
+from triptych.python_models.language_model.runner.options import RunnerOptions
 from triptych.python_models.language_model.runner.parallel.member import Member
 from triptych.python_models.language_model.runner.runner import DecoderRunner
 from triptych.python_models.language_model.runner.step import MediaRows, Slice
@@ -48,7 +49,8 @@ def build(member: Member, folder: str, cls: str) -> DecoderRunner:
     source.close()
     if isinstance(built, str):
         raise TriptychError(ErrorKind.UNSUPPORTED, f"{cls} cannot be split: {built}")
-    return DecoderRunner(built, 1, BLOCK, member.device)
+    graphs = 0 if member.device == "cpu" else 4
+    return DecoderRunner(built, 1, BLOCK, member.device, RunnerOptions(context_length=256, graph_batch=graphs))
 
 
 def greedy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,12 @@ import pytest
 import torch
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.language_model.runner.memory import CPU_BYTES
 from triptych.python_models.language_model.runner.parallel import watch
 from triptych.python_models.language_model.runner.parallel.member import Recipe
 from triptych.python_models.language_model.runner.parallel.runner import ParallelRunner
 from triptych.python_models.language_model.runner.parallel.wire import pack, unpack
 from triptych.python_models.language_model.runner.step import MediaRows, Slice
-from triptych.python_models.language_model.sizing import CPU_BYTES
 
 MakeGroup = Callable[..., ParallelRunner]
 
@@ -124,7 +125,7 @@ def test_ranks_answer_like_one(make_group: MakeGroup, faults: list[TriptychError
     assert not faults
 
 
-def run(group: ParallelRunner, steps: list[list[Slice]]) -> None:
+def run(group: ParallelRunner, steps: Iterable[list[Slice]]) -> None:
     for slices in steps:
         group.forward(slices)
 
@@ -133,7 +134,7 @@ def fails(group: ParallelRunner, *expected: str, steps: list[list[Slice]] | None
     """Seconds until a step fails with STAGE_DEAD and these words; every later call then fails in the same way."""
     began = time.monotonic()
     with pytest.raises(TriptychError) as caught:
-        run(group, steps or life(100_000))
+        run(group, steps or itertools.cycle(life()))
     took = time.monotonic() - began
     assert caught.value.kind is ErrorKind.STAGE_DEAD
     for words in expected:
