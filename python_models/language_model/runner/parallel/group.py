@@ -144,10 +144,9 @@ class Group:
     @staticmethod
     def _one_shot(tensor: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
         name = dist.group.WORLD.group_name  # type: ignore[union-attr]
-        part = buffer[: tensor.numel()]
         # the kernel of the sum before this one ended only after all peers had read the buffer
-        part.copy_(tensor.reshape(-1))
-        out: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce(part, "sum", name)
+        part = buffer[: tensor.numel()]
+        out: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(part, tensor.reshape(-1), "sum", name)
         return out.view(tensor.shape)
 
     def _try_one_shot(self, dtype: torch.dtype) -> None:
@@ -158,15 +157,27 @@ class Group:
         except (RuntimeError, ImportError, AttributeError) as error:
             cause = f"{type(error).__name__}: {error}".splitlines()[0]
         if buffer is not None and self._agreed(True):
-            sample = torch.arange(1024, device=self._device, dtype=dtype) % 8 + self.rank
-            right = bool(torch.equal(self._one_shot(sample, buffer), self._sum(sample.clone())))
-            if self._agreed(right):
+            if self._agreed(self._proven(buffer)):
                 self._buffer, self.how = buffer, "symmetric memory"
                 return
             cause = "the sums are wrong"
         elif buffer is None:
             self._agreed(False)
         logger.info("rank %d: no symmetric memory (%s)", self.rank, cause or "another rank has none")
+
+    def _proven(self, buffer: torch.Tensor) -> bool:
+        """Whether sums through the buffer, one right after the other, are those of NCCL."""
+        right = True
+        try:
+            for number, count in enumerate((8, 3584, buffer.numel()) * 4):
+                places = torch.arange(count, device=self._device)
+                # small whole numbers: exact in every dtype
+                sample = (places % 8 + self.rank + number).to(buffer.dtype)
+                right &= bool(torch.equal(self._one_shot(sample, buffer), self._sum(sample.clone())))
+        except RuntimeError as error:
+            logger.info("rank %d: %s", self.rank, error)
+            right = False
+        return right
 
     def _symmetric(self, dtype: torch.dtype) -> torch.Tensor:
         import torch.distributed._symmetric_memory as symmetric
