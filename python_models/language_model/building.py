@@ -86,6 +86,8 @@ def _build(
 def build_rank(member: Member, settings: str) -> DecoderRunner:
     """One rank's part of the decoder, see :class:`~.runner.parallel.member.Recipe`; ``settings`` is their JSON."""
     options = Settings.from_json(settings)
+    if options.torch_threads:
+        torch.set_num_threads(options.torch_threads)
     dtype = stage_dtype(find_checkpoint(options), options, member.device)
     decoder, source = load_family(options).open_decoder(member.device, dtype, progress=member.rank == 0)
     shard = fused.Shard(member.rank, member.size, member.expert_parallel)
