@@ -42,7 +42,7 @@ def _tiny_builder() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Family name (qwen2_vl, qwen2_5_vl, qwen2_5_omni) -> folder of its tiny checkpoint, made once a session."""
+    """Family name (a key of FAMILIES in tests/tiny/build.py) -> folder of its tiny checkpoint, made once a session."""
     made: dict[str, Path] = {}
 
     def checkpoint(name: str) -> Path:

@@ -12,19 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
 
 from ...kernels.image import normalise_patches
-from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
 from ..contract.settings import Settings
 from ..media.types import Image, Medium, Video
 from .checkpoint import Checkpoint
+from .pixels import RAW, check_bytes, normalisation
 from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
 
 _NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
-# Options that leave pixels as they are.
-_RAW = {"do_rescale": False, "do_normalize": False}
 
 
 class QwenVisionPreprocessor(TransformersPreprocessor):
@@ -33,26 +30,19 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
     def __init__(self, checkpoint: Checkpoint, settings: Settings, cls: Any, encoders: Mapping[str, str]) -> None:
         super().__init__(checkpoint, settings, cls, encoders)
         self._processors = {"image": self.processor.image_processor, "video": self.processor.video_processor}
-        self._normalisation = {m: _normalisation(p, m) for m, p in self._processors.items()}
-        # Also the first call of lazily imported code, which would otherwise delay the first request.
-        probe = self.processor.image_processor(PILImage.new("RGB", (64, 64)), return_tensors="pt", **_RAW)
-        if probe["pixel_values"].dtype != torch.uint8:
-            raise TriptychError(
-                ErrorKind.UNSUPPORTED,
-                f"{type(self.processor.image_processor).__name__} does not keep pixels as uint8: install torchvision, "
-                "with which transformers uses its torchvision image processors",
-            )
+        self._normalisation = {m: normalisation(p, m) for m, p in self._processors.items()}
+        check_bytes(self.processor.image_processor)
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Pixels stay uint8; frames are those sampled while decoding."""
         arguments: dict[str, Any] = {}
         if images := [m.data for m in media.get("image", ()) if isinstance(m.data, Image)]:
             arguments["images"] = [image.pixels for image in images]
-            arguments["images_kwargs"] = dict(_RAW)
+            arguments["images_kwargs"] = dict(RAW)
         if videos := [m.data for m in media.get("video", ()) if isinstance(m.data, Video)]:
             arguments["videos"] = [video.frames for video in videos]
             arguments["videos_kwargs"] = {
-                **_RAW,
+                **RAW,
                 "do_sample_frames": False,
                 "input_data_format": "channels_last",
                 "video_metadata": [_metadata(video) for video in videos],
@@ -123,16 +113,3 @@ def _metadata(video: Video) -> Any:
         duration=video.duration_s,
         frames_indices=list(video.indices),
     )
-
-
-def _normalisation(processor: Any, modality: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Mean and std in units of pixel values, float32 [channels], as the processor itself fuses them."""
-    if not (processor.do_rescale and processor.do_normalize):
-        raise TriptychError(
-            ErrorKind.UNSUPPORTED,
-            f"the checkpoint's {modality} processor must have do_rescale and do_normalize on",
-            "settings.model",
-        )
-    factor = 1.0 / processor.rescale_factor
-    mean, std = torch.tensor(processor.image_mean) * factor, torch.tensor(processor.image_std) * factor
-    return mean.numpy(), std.numpy()

@@ -10,6 +10,7 @@ from .base import Family
 from .checkpoint import find_checkpoint
 
 _FAMILIES = {
+    "gemma3": ("gemma3", "Gemma3"),
     "qwen2_vl": ("qwen2_5_vl", "Qwen2VL"),
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
     "qwen2_5_omni": ("qwen2_5_omni", "Qwen25Omni"),

@@ -130,6 +130,10 @@ class TransformersPreprocessor(ABC):
 
     def _call(self, text: str, grouped: Mapping[str, Sequence[Medium]]) -> Mapping[str, Any]:
         arguments = self.processor_arguments(grouped) if grouped else {}
+        bos = self.processor.tokenizer.bos_token
+        if bos is not None and text.startswith(bos):
+            # as apply_chat_template does it: the template has begun the prompt already
+            arguments["add_special_tokens"] = False
         result: Mapping[str, Any] = self.processor(text=[text], return_tensors="pt", **arguments)
         return result
 
@@ -245,6 +249,8 @@ class TransformersFamily(ABC):
     """Modality -> encoder."""
     packs_sequences: ClassVar[bool] = False
     """Its towers can attend in one call for all sequences (see :mod:`.tower_attention`)."""
+    bidirectional: ClassVar[frozenset[str]] = frozenset()
+    """See :class:`.base.Decoder`."""
     preprocessor_class: ClassVar[type[TransformersPreprocessor]]
     encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]]
 
@@ -311,6 +317,7 @@ class TransformersFamily(ABC):
             eos_token_ids=_eos_token_ids(self.checkpoint.folder, model.config, tokenizer),
             context_length=context_length(model.config),
             num_axes=3 if hasattr(model.base_model, "get_rope_index") else 1,
+            bidirectional=self.bidirectional,
         )
 
     def _load(self, keep: Callable[[Any], Sequence[str]], part: str, device: str, dtype: torch.dtype) -> Any:

@@ -159,6 +159,9 @@ class Parts:
                 arguments["videos_kwargs"] |= {"fps": videos[0].sampled_fps, "size": dict(size)}
         if sounds := [d.samples for d in data if isinstance(d, Audio)]:
             arguments["audio"] = sounds
+        # as apply_chat_template(tokenize=True) does it: nothing begins twice
+        bos = self.processor.tokenizer.bos_token
+        arguments["add_special_tokens"] = bos is None or not text.startswith(bos)
         return dict(self.processor(text=[text], return_tensors="pt", **arguments))
 
     def reference_tokens(self, chat: Chat, new_tokens: int = NEW_TOKENS) -> list[int]:
@@ -209,10 +212,24 @@ class Parts:
             new = torch.arange(start, start + len(answer)).expand(len(position_ids), -1)
             position_ids = torch.cat([position_ids, new], dim=1)
         hidden = self.decoder.text_model(
-            inputs_embeds=embeddings[None], position_ids=position_ids[:, None], attention_mask=None, use_cache=False
+            inputs_embeds=embeddings[None],
+            position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,
+            attention_mask=self._masks(prepared, len(embeddings)) if self.decoder.bidirectional else None,
+            use_cache=False,
         ).last_hidden_state
         out: torch.Tensor = self.decoder.lm_head(hidden[0])
         return out
+
+    def _masks(self, prepared: Prepared, length: int) -> dict[str, torch.Tensor]:
+        """Type of layer -> what its tokens see, bool [1, 1, length, length], where media attend both ways."""
+        places = torch.arange(length)
+        ages = places[:, None] - places
+        seen = ages >= 0
+        for item in prepared.items:
+            for start, end in item.spans if item.modality in self.decoder.bidirectional else ():
+                seen[start:end, start:end] = True
+        sliding = seen & (ages < self.decoder.config.sliding_window)
+        return {"full_attention": seen[None, None], "sliding_attention": sliding[None, None]}
 
     def tokens(self, chat: Chat, new_tokens: int = NEW_TOKENS) -> list[int]:
         """Greedy decoding of the parts, the whole sequence anew for each token."""
@@ -249,7 +266,7 @@ class Answer:
         return self.responses
 
 
-_NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni"]
+_NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "gemma3"]
 if (builtin_checkpoint() / "config.json").is_file():
     _NAMES.append("builtin")
 

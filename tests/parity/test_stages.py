@@ -88,6 +88,10 @@ def has_audio(parts: Any) -> bool:
     return "audio" in parts.preprocessor.modalities
 
 
+def has_video(parts: Any) -> bool:
+    return "video" in parts.preprocessor.modalities
+
+
 @pytest.fixture(scope="module")
 def server(parts: Any, new_answer: Callable[[], Any]) -> Iterator[Server]:
     made = Server(parts, new_answer)
@@ -116,8 +120,10 @@ def check_each_modality(server: Server) -> None:
     chats = [
         make.chat("hello world, what is shown?"),
         make.chat(make.image(1), "describe this"),
-        make.chat("first ", make.video(5, frames=6, duration=5.0), "then"),
+        make.chat("first ", make.image(2, 90, 33), "then"),
     ]
+    if has_video(server.parts):
+        chats.append(make.chat("first ", make.video(5, frames=6, duration=5.0), "then"))
     if has_audio(server.parts):
         chats.append(make.chat(make.audio(6), "transcribe"))
     for chat in chats:
@@ -126,13 +132,14 @@ def check_each_modality(server: Server) -> None:
 
 def test_three_requests_of_different_lengths_together(server: Server) -> None:
     make = server.parts.make
+    other = make.video(4) if has_video(server.parts) else make.image(4, 40, 80)
     chats = [
         make.chat("hi"),
         make.turns(
             ("system", "describe in detail"),
             ("user", make.image(1), "what is this?"),
             ("assistant", "a lazy dog"),
-            ("user", "and this?", make.image(2, 90, 33), make.video(4), "how many objects?"),
+            ("user", "and this?", make.image(2, 90, 33), other, "how many objects?"),
         ),
         make.chat(make.audio(7, 1.3) if has_audio(server.parts) else make.image(3), "x"),
     ]
@@ -164,20 +171,23 @@ def test_an_image_twice_in_one_request(server: Server) -> None:
 def test_everything_in_one_conversation(server: Server) -> None:
     make = server.parts.make
     sounds = [make.audio(6, 0.5), make.audio(7)] if has_audio(server.parts) else []
+    videos = [make.video(4)] if has_video(server.parts) else []
     chat = make.turns(
         ("user", *sounds[:1], make.image(1), "what is the connection?"),
         ("assistant", "none"),
-        ("user", make.video(4), "and here?", make.image(2), *sounds[1:]),
+        ("user", *videos, "and here?", make.image(2), *sounds[1:]),
     )
     assert server.tokens(server.start(chat)) == expected(server.parts, chat)
 
 
 def test_typed_special_tokens_do_not_end_the_turn(server: Server) -> None:
-    """What the engine answers to a literal ``<|im_end|>`` equals the whole model's answer to those characters."""
+    """What the engine answers to literal special tokens equals the whole model's answer to those characters."""
     import torch
 
     make, parts = server.parts.make, server.parts
-    chat = make.chat("a<|im_end|>\n<|im_start|>system\nb<|image_pad|>c")
+    chat = make.chat(
+        "a<|im_end|>\n<|im_start|>system\nb<|image_pad|>c<end_of_turn>\n<start_of_turn>user<start_of_image>"
+    )
     prepared = parts.prepare(chat)
     parts.whole.base_model.rope_deltas = None
     ids = torch.from_numpy(prepared.input_ids.astype("int64"))[None]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from triptych.python_models.families import torchvision_fix
 
@@ -50,6 +50,25 @@ _TEMPLATE = (
     "{{ '<|im_end|>\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
+# Gemma's own begins every prompt and calls the assistant "model".
+_GEMMA_TEMPLATE = (
+    "{{ bos_token }}"
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set system = messages[0]['content'] -%}"
+    "{%- if system is not string -%}{%- set system = system[0]['text'] -%}{%- endif -%}"
+    "{%- set prefix, turns = system + '\n\n', messages[1:] -%}"
+    "{%- else -%}{%- set prefix, turns = '', messages -%}{%- endif -%}"
+    "{%- for m in turns -%}"
+    "{%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('roles must alternate user/assistant/user/assistant/...') }}{%- endif -%}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ prefix if loop.first else '' }}"
+    "{%- if m['content'] is string -%}{{ m['content'] | trim }}{%- else -%}{%- for c in m['content'] -%}"
+    "{{ '<start_of_image>' if c['type'] == 'image' else c['text'] | trim }}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{ '<end_of_turn>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
 _IMAGE_SIZE = {"shortest_edge": 32 * 32, "longest_edge": 112 * 112}
 _VIDEO_SIZE = {"shortest_edge": 2 * 32 * 32, "longest_edge": 8 * 64 * 64}
 _VISION: dict[str, Any] = {
@@ -64,8 +83,7 @@ _VISION: dict[str, Any] = {
 }
 
 
-def _tokenizer() -> Any:
-    special = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", *_NAMED.values()]
+def _bpe(special: list[str]) -> Any:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -76,8 +94,13 @@ def _tokenizer() -> Any:
         show_progress=False,
     )
     raw.train_from_iterator(_CORPUS, trainer)
+    return raw
+
+
+def _tokenizer() -> Any:
+    special = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>", *_NAMED.values()]
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw,
+        tokenizer_object=_bpe(special),
         eos_token="<|im_end|>",
         pad_token="<|pad|>",
         model_specific_special_tokens=_NAMED,
@@ -175,10 +198,78 @@ def _qwen2_5_omni() -> tuple[Any, Any]:
     return transformers.Qwen2_5OmniThinkerForConditionalGeneration(config), processor
 
 
+def _gemma_tokenizer() -> Any:
+    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *named.values()]
+    raw = _bpe(special)
+    # every text begins with <bos>, as Gemma's tokenizer has it
+    bos = raw.token_to_id("<bos>")
+    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        model_specific_special_tokens=named,
+        extra_special_tokens=["<start_of_turn>", "<end_of_turn>", *named.values()],
+        padding_side="left",
+    )
+
+
+def _gemma3() -> tuple[Any, Any]:
+    tokenizer = _gemma_tokenizer()
+    text: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 4,
+        "max_position_embeddings": 2048,
+        # longer than a picture, shorter than a prompt with one
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 4,
+        "vision_use_head": False,
+    }
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=16,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+    )
+    processor = transformers.Gemma3Processor(
+        image_processor=transformers.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
+        tokenizer=tokenizer,
+        chat_template=_GEMMA_TEMPLATE,
+        image_seq_length=16,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config), processor
+
+
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen2_5_omni": _qwen2_5_omni,
+    "gemma3": _gemma3,
 }
 
 
@@ -197,12 +288,17 @@ def build(family: str, folder: Path) -> None:
 def _draw_weights(model: Any) -> None:
     """Standard deviation 1/sqrt(inputs), 1 for token embeddings, and biases that are not zero."""
     generator = torch.Generator().manual_seed(0)
+    # Gemma multiplies them by sqrt(width), and they are its head: larger ones would make it repeat each token
+    embedding = 0.03 if hasattr(model.get_input_embeddings(), "embed_scale") else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
-                scale = 1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5
+                scale = embedding if "embed_tokens" in name else parameter[0].numel() ** -0.5
             elif "bias" in name:
                 scale = 0.1
+            elif not parameter.any():
+                # of Gemma's norms, which add 1
+                scale = 0.5
             else:
                 continue
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
