@@ -271,10 +271,15 @@ if (builtin_checkpoint() / "config.json").is_file():
     _NAMES.append("builtin")
 
 
+@pytest.fixture(scope="session")
+def make_parts(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Parts]:
+    """Name of a checkpoint -> its :class:`Parts`."""
+    return lambda name: Parts(builtin_checkpoint() if name == "builtin" else tiny_checkpoint(name))
+
+
 @pytest.fixture(scope="session", params=_NAMES)
-def parts(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Parts:
-    name: str = request.param
-    return Parts(builtin_checkpoint() if name == "builtin" else tiny_checkpoint(name))
+def parts(request: pytest.FixtureRequest, make_parts: Callable[[str], Parts]) -> Parts:
+    return make_parts(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -230,7 +230,7 @@ def _gemma3() -> tuple[Any, Any]:
         "max_position_embeddings": 2048,
         # longer than a picture, shorter than a prompt with one
         "sliding_window": 20,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
