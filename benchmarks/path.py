@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import http.client
 import io
+import itertools
 import json
 import multiprocessing
 import queue
 import random
+import re
 import sys
 import threading
 import time
@@ -24,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 from PIL import Image
 from support import machine, median, server
 
@@ -74,8 +77,7 @@ def ask_http(url: str, text: str, picture: bytes | None, answer: int) -> tuple[f
     first = 0.0
     tail = b""
     while data := response.read1(65536):
-        # the first event only says who speaks; the model's random tokens may have no text at all
-        if not first and (tail + data).count(b"\ndata: ") > 0:
+        if not first and b'"content":"' in data.replace(b'"content":""', b""):
             first = time.perf_counter() - start
         tail = (tail + data)[-4096:]
     connection.close()
@@ -188,22 +190,25 @@ def main() -> None:
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     figures: dict[str, Any] = {}
+    # nothing is asked twice, so no cache answers
+    seeds = itertools.count()
     grpc_port = _free_port()
     options = [*args.options.split(), "--device", args.device, "--grpc-port", str(grpc_port)]
     with server(args.model, *options) as (url, _, ready_s):
         figures["start s"] = round(ready_s, 1)
         print(f"ready after {ready_s:.1f} s", flush=True)
+        before = _stage_times(url)
         for streams in args.streams:
             for protocol in args.protocols:
                 count = streams * (args.rounds if streams > 1 else 10) + min(streams, 8)
                 prompt = 20 if args.picture else args.prompt
                 requests = [
                     (
-                        text_of(prompt, 1000 * streams + i, tokenizer),
-                        picture_of(args.picture, 10_000 * streams + i) if args.picture else None,
+                        text_of(prompt, next(seeds), tokenizer),
+                        picture_of(args.picture, next(seeds)) if args.picture else None,
                         args.answer,
                     )
-                    for i in range(count)
+                    for _ in range(count)
                 ]
                 ask, where = (ask_http, url) if protocol == "http" else (ask_grpc, f"http://127.0.0.1:{grpc_port}")
                 name = f"{protocol}, {streams} streams"
@@ -212,6 +217,7 @@ def main() -> None:
                 except Exception as error:
                     figures[name] = {"failed": f"{type(error).__name__}: {error}"}
                 print(f"{name:20} {figures[name]}", flush=True)
+                before = _show_stages(url, before)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         result = {
@@ -222,6 +228,28 @@ def main() -> None:
             "figures": figures,
         }
         args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _stage_times(url: str) -> dict[str, tuple[float, float]]:
+    """(seconds, requests) that each stage has counted."""
+    text = httpx.get(f"{url}/metrics").text
+    found: dict[str, dict[str, float]] = {}
+    for kind, stage, value in re.findall(r'triptych_stage_seconds_(sum|count)\{.*?stage="(\w+)".*?\} (\S+)', text):
+        found.setdefault(stage, {})[kind] = float(value)
+    return {stage: (v["sum"], v["count"]) for stage, v in found.items() if len(v) == 2}
+
+
+def _show_stages(url: str, before: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Print the mean time of requests in each stage since ``before``."""
+    time.sleep(0.5)
+    now = _stage_times(url)
+    means = []
+    for stage, (seconds, count) in now.items():
+        old = before.get(stage, (0.0, 0.0))
+        if count > old[1]:
+            means.append(f"{stage} {1000 * (seconds - old[0]) / (count - old[1]):.1f}")
+    print(f"{'':20} ms in stages: {', '.join(means)}", flush=True)
+    return now
 
 
 def _free_port() -> int:

@@ -2,8 +2,8 @@
 
     python benchmarks/shapes.py qwen2.5-vl-7b FOLDER [--weights]
 
-The shapes are those of the published configurations; processor options too. Only the vocabulary's words are made up,
-so token ids beyond them have no text. --weights writes random ones too, as safetensors: to measure loading.
+The shapes are those of the published configurations; processor options too. Only the vocabulary's words are made up.
+--weights writes random ones too, as safetensors: to measure loading.
 """
 
 from __future__ import annotations
@@ -87,6 +87,14 @@ def write(shape: str, folder: Path, layers: int | None = None) -> None:
     config, processor = SHAPES[shape](layers)
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
+    # every token gets a text: answers of random weights would be silent otherwise
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    used = {*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    size = config.get_text_config().vocab_size
+    vocabulary.update({f"\u0120w{number}": number for number in range(size) if number not in used})
+    path.write_text(json.dumps(tokenizer))
 
 
 def write_weights(folder: Path, shard_bytes: int = 2 * 2**30) -> None:
