@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from triptych.kernels.sampling import draw, draw_reference, greedy, greedy_reference
-from triptych.kernels.sampling.kernel import _best_kernel, _draw_kernel, _merge_kernel
+from triptych.kernels.sampling.kernel import (
+    _best_kernel,
+    _count_kernel,
+    _draw_kernel,
+    _gather_kernel,
+    _merge_kernel,
+    _window_kernel,
+)
 from triptych.kernels.sampling.launch import launch_draw, launch_greedy
 
 # exp of a very negative logit is 0, as it should be; -inf - -inf is never used; the interpreter remarks on both
@@ -88,17 +95,17 @@ _CUTS = [
 
 
 @pytest.mark.parametrize(
-    ("spread", "vocabulary", "chunk", "tile"),
+    ("spread", "vocabulary", "chunk", "tile", "room"),
     [
-        (0, 300, 32, 512),
-        (3, 301, 32, 64),
-        (30, 300, 32, 64),
-        (0.5, 300, 256, 512),
-        (3, 40, 8, 8),
+        (0, 300, 128, 512, 512),
+        (3, 301, 64, 16, 512),
+        (30, 300, 512, 512, 512),
+        (0.5, 250, 64, 128, 8),
+        (3, 40, 8, 16, 8),
     ],
 )
-def test_draws_what_the_reference_draws(device, spread, vocabulary, chunk, tile):
-    """Every cut, at many places of the cumulative distribution, with lists that fit a tile and that do not."""
+def test_draws_what_the_reference_draws(device, spread, vocabulary, chunk, tile, room):
+    """Every cut, all over the distribution; what lies between the brackets fits a tile, the list, or neither."""
     torch.manual_seed(0)
     cuts = _CUTS
     logits = spread * torch.randn(len(cuts), vocabulary, device=device)
@@ -108,7 +115,7 @@ def test_draws_what_the_reference_draws(device, spread, vocabulary, chunk, tile)
     # no further out: what has less than 2^-40 of the probability of the most likely token is not drawn at all
     uniform[::4], uniform[2::8] = 1e-6, 1 - 1e-6
     settings = _settings(device, cuts)
-    tokens = launch_draw(logits, *settings, uniform, chunk=chunk, tile=tile)
+    tokens = launch_draw(logits, *settings, uniform, chunk=chunk, tile=tile, room=room)
     _assert_as_the_reference(tokens, logits, settings, uniform)
 
 
@@ -119,7 +126,7 @@ def test_ties_keep_the_lower_tokens(device, cut):
     logits = torch.randint(0, 4, (4, 300), device=device).float()
     uniform = torch.linspace(0, 1 - 1e-9, 4, dtype=torch.float64, device=device)
     settings = _settings(device, [cut] * 4)
-    tokens = launch_draw(logits, *settings, uniform, chunk=32, tile=64)
+    tokens = launch_draw(logits, *settings, uniform, chunk=64, tile=64)
     _assert_as_the_reference(tokens, logits, settings, uniform)
     if cut[1] == 30:
         # by hand: of more than 30 logits of 3 only the first 30 may ever come
@@ -142,7 +149,7 @@ def test_the_draw_does_not_depend_on_the_batch(device):
 
 @pytest.mark.parametrize("cut", [(1.0, 0, 1.0, 0.0), (0.7, 4, 1.0, 0.0), (1.0, 0, 0.7, 0.0), (1.0, 0, 1.0, 0.2)])
 def test_frequencies_are_probabilities(device, cut):
-    """Draws at 24 evenly spread numbers are a token's probability times 24, give or take one."""
+    """Draws at 16 evenly spread numbers are a token's probability times 16, give or take one."""
     torch.manual_seed(0)
     row = 2 * torch.randn(12)
     heat, k, p, m = cut
@@ -154,12 +161,12 @@ def test_frequencies_are_probabilities(device, cut):
     kept &= probability >= m * probability.max()
     expected = torch.where(kept, probability, 0.0)
     expected /= expected.sum()
-    uniform = ((torch.arange(24) + 0.5) / 24).double().to(device)
-    settings = _settings(device, [cut] * 24)
-    for run, sizes in ((launch_draw, {"chunk": 4, "tile": 8}), (draw_reference, {})):
-        tokens = run(row.to(device).expand(24, 12).contiguous(), *settings, uniform, **sizes)
+    uniform = ((torch.arange(16) + 0.5) / 16).double().to(device)
+    settings = _settings(device, [cut] * 16)
+    for run, sizes in ((launch_draw, {"chunk": 8, "tile": 16}), (draw_reference, {})):
+        tokens = run(row.to(device).expand(16, 12).contiguous(), *settings, uniform, **sizes)
         counts = torch.bincount(tokens.cpu(), minlength=12)
-        assert (counts - 24 * expected).abs().max() <= 1.01
+        assert (counts - 16 * expected).abs().max() <= 1.01
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -195,21 +202,32 @@ def test_compiles_for_the_h200(compile_sm90, kind):
     sizes = dict.fromkeys(("row_stride", "vocabulary"), "i32:16") | {"chunks": "i32"}
     parts = {"logits": f"*{kind}:16", "values": "*fp32:16", "tokens": "*i32:16"}
     for chunk in (1024, 2048, 4096):
-        built = compile_sm90(_best_kernel, parts | sizes, {"CHUNK": chunk, "PDL": True}, num_warps=4, launch_pdl=True)
+        built = compile_sm90(
+            _best_kernel,
+            parts | sizes | {"tally": "*i32:16"},
+            {"CHUNK": chunk, "PDL": True},
+            num_warps=4,
+            launch_pdl=True,
+        )
         assert built.spilled == 0
         assert "ld.global.v4" in built.ptx
     merge = {"values": "*fp32:16", "tokens": "*i32:16", "out": "*i64:16", "usable": "*i1:16", "chunks": "i32"}
     built = compile_sm90(_merge_kernel, merge, {"BLOCK": 256, "PDL": True}, num_warps=1, launch_pdl=True)
     assert built.spilled == 0
-    built = compile_sm90(
-        _draw_kernel,
-        parts
-        | sizes
-        | dict.fromkeys(("temperature", "top_p", "min_p"), "*fp32:16")
-        | {"top_k": "*i32:16", "uniform": "*fp64:16", "scratch": "*i32:16", "out": "*i64:16"},
-        {"BLOCK": 256, "TILE": 4096, "PDL": True},
-        num_warps=8,
-        launch_pdl=True,
-    )
-    assert built.spilled == 0
-    assert built.shared < 227 * 1024
+    row = {"values": "*fp32:16", "tokens": "*i32:16"} | dict.fromkeys(("temperature", "top_p", "min_p"), "*fp32:16")
+    row |= {"top_k": "*i32:16", "uniform": "*fp64:16", "out": "*i64:16"}
+    row |= {"tally": "*i32:16", "bounds": "*i32:16", "sums": "*i64:16", "listed": "*i32:16"}
+    types = parts | sizes | row
+    for chunk, warps in ((1024, 4), (2048, 8)):
+        for kernel, own, kernel_warps in (
+            (_count_kernel, {}, warps),
+            (_gather_kernel, {"ROOM": 16384}, warps),
+            (_draw_kernel, {"ROOM": 16384, "TILE": 4096}, 16),
+        ):
+            constants = {"BLOCK": 262144 // chunk, "CHUNK": chunk, "PDL": True} | own
+            given = {name: types[name] for name in kernel.arg_names if name not in constants}
+            built = compile_sm90(kernel, given, constants, num_warps=kernel_warps, launch_pdl=True)
+            assert built.spilled == 0
+            assert built.shared < 48 * 1024
+    given = {name: types[name] for name in _window_kernel.arg_names if name != "PDL"}
+    assert compile_sm90(_window_kernel, given, {"PDL": True}, num_warps=4, launch_pdl=True).spilled == 0
