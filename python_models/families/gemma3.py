@@ -1,4 +1,4 @@
-"""Gemma 3 (Gemma Team 2025, arXiv:2503.19786): image.
+"""Gemma 3 (Gemma Team 2025, arXiv:2503.19786): image; the smallest ones text alone.
 
 A picture is resized to the tower's square and becomes a fixed number of tokens, which attend to each other in both
 directions. The square travels as uint8 and the encoder normalises it, bit for bit as the processor would.
@@ -18,6 +18,7 @@ from ..contract.settings import Settings
 from ..media.types import Image, Medium
 from .checkpoint import Checkpoint
 from .pixels import RAW, check_bytes, normalisation
+from .text_only import TextPreprocessor
 from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
 
 
@@ -83,3 +84,13 @@ class Gemma3(TransformersFamily):
     modality_encoders: ClassVar[Mapping[str, str]] = {"image": "vision"}
     preprocessor_class = Gemma3Preprocessor
     encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]] = {"vision": Gemma3VisionEncoder}
+
+
+class Gemma3Text(TransformersFamily):
+    """Gemma 3 without a vision tower."""
+
+    model_class = "Gemma3ForCausalLM"
+    towers: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    modality_encoders: ClassVar[Mapping[str, str]] = {}
+    preprocessor_class = TextPreprocessor
+    encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]] = {}

@@ -11,6 +11,7 @@ from .checkpoint import find_checkpoint
 
 _FAMILIES = {
     "gemma3": ("gemma3", "Gemma3"),
+    "gemma3_text": ("gemma3", "Gemma3Text"),
     "qwen2_vl": ("qwen2_5_vl", "Qwen2VL"),
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
     "qwen2_5_omni": ("qwen2_5_omni", "Qwen25Omni"),

@@ -42,7 +42,7 @@ class TransformersPreprocessor(ABC):
     def __init__(self, checkpoint: Checkpoint, settings: Settings, cls: Any, encoders: Mapping[str, str]) -> None:
         """Args: the checkpoint; options; its model class; modality -> encoder that takes it."""
         self.folder = checkpoint.folder
-        self.processor = _load("AutoProcessor", "processor", checkpoint.folder, settings)
+        self.processor = self.load_processor(checkpoint.folder, settings)
         self.encoders = encoders
         self.modalities = frozenset(encoders)
         # Positions come from the configuration alone, so the model stays on the meta device.
@@ -58,6 +58,10 @@ class TransformersPreprocessor(ABC):
         # The first call fixes the tokenizer's padding and truncation, so that later ones, from several threads at
         # once, never change it.
         self.processor(text=["a"], return_tensors=None)
+
+    def load_processor(self, folder: Path, settings: Settings) -> Any:
+        """The checkpoint's processor."""
+        return load_auto("AutoProcessor", "processor", folder, settings)
 
     def token_id(self, modality: str) -> int:
         """Id of the token that marks the embedding rows of a modality."""
@@ -307,7 +311,7 @@ class TransformersFamily(ABC):
         return decoder, SafetensorsSource(model, folder, text, device, dtype, progress=progress)
 
     def _decoder(self, model: Any, embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Decoder:
-        tokenizer = _load("AutoTokenizer", "tokenizer", self.checkpoint.folder, self.settings)
+        tokenizer = load_auto("AutoTokenizer", "tokenizer", self.checkpoint.folder, self.settings)
         return Decoder(
             text_model=model.get_decoder(),
             lm_head=model.lm_head,
@@ -346,7 +350,7 @@ def context_length(config: Any) -> int:
     return int(config.get_text_config().max_position_embeddings)
 
 
-def _load(auto_class: str, what: str, folder: Path, settings: Settings) -> Any:
+def load_auto(auto_class: str, what: str, folder: Path, settings: Settings) -> Any:
     """The checkpoint's processor or tokenizer; code that it brings along runs only where the operator trusts it."""
     try:
         return model_class(auto_class).from_pretrained(

@@ -114,7 +114,7 @@ class Parts:
 
     @cached_property
     def processor(self) -> Any:
-        """transformers' own processor, untouched by ours."""
+        """transformers' own processor (of text alone, its tokenizer), untouched by ours."""
         import transformers
 
         return transformers.AutoProcessor.from_pretrained(self.folder)
@@ -160,8 +160,9 @@ class Parts:
         if sounds := [d.samples for d in data if isinstance(d, Audio)]:
             arguments["audio"] = sounds
         # as apply_chat_template(tokenize=True) does it: nothing begins twice
-        bos = self.processor.tokenizer.bos_token
-        arguments["add_special_tokens"] = bos is None or not text.startswith(bos)
+        bos = getattr(self.processor, "tokenizer", self.processor).bos_token
+        if bos is not None and text.startswith(bos):
+            arguments["add_special_tokens"] = False
         return dict(self.processor(text=[text], return_tensors="pt", **arguments))
 
     def reference_tokens(self, chat: Chat, new_tokens: int = NEW_TOKENS) -> list[int]:

@@ -96,7 +96,7 @@ class Server:
             return logits
 
         runner.forward = watched
-        if runner._graphs is not None:
+        if getattr(runner, "_graphs", None) is not None:
             replay = runner._graphs.forward
 
             def counted(host: Any) -> torch.Tensor:
@@ -359,6 +359,34 @@ def test_blocks_that_fell_out_of_the_window_serve_again(
     pool = server.stage.engine._scheduler.pools[windows.index(WINDOW)]
     assert all(pool.num_blocks * BLOCK < len(parts.prepare(chat).input_ids) for chat in chats)
     assert [tokens(answer) for answer in server.together(chats)] == [expected(chat) for chat in chats]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS[:2])
+def test_two_ranks(parts: Any, expected: Reference, serve: Callable[..., Server], device: str, chunk: int) -> None:
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    server = serve(tp=2, chunked_prefill_size=chunk, torch_threads=1)
+    chats = [chat_of(parts, name) for name in CHATS]
+    for _ in range(2):
+        assert [tokens(answer) for answer in server.together(chats)] == [expected(chat) for chat in chats]
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_a_checkpoint_of_text_alone(
+    make_parts: Callable[[str], Any], new_answer: Callable[[], Any], device: str, chunk: int
+) -> None:
+    parts = make_parts("gemma3_text")
+    assert not parts.family.encoders
+    with pytest.raises(TriptychError, match="does not take image; it takes text") as caught:
+        parts.prepare(chat_of(parts, "one picture"))
+    assert caught.value.kind is ErrorKind.UNSUPPORTED
+    chats = [parts.make.chat("what is shown here? " * count) for count in (1, 3, 7)]
+    server = Server(parts, new_answer, device, chunked_prefill_size=chunk, max_running_requests=4)
+    try:
+        answers = server.together(chats)
+        assert [tokens(answer) for answer in answers] == [parts.reference_tokens(chat, NEW_TOKENS) for chat in chats]
+    finally:
+        server.close()
 
 
 def test_prompts_begin_once(parts: Any) -> None:

@@ -216,9 +216,8 @@ def _gemma_tokenizer() -> Any:
     )
 
 
-def _gemma3() -> tuple[Any, Any]:
-    tokenizer = _gemma_tokenizer()
-    text: dict[str, Any] = {
+def _gemma_text(tokenizer: Any) -> dict[str, Any]:
+    return {
         "vocab_size": 512,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -239,6 +238,16 @@ def _gemma3() -> tuple[Any, Any]:
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def _gemma3_text() -> tuple[Any, Any]:
+    tokenizer = _gemma_tokenizer()
+    tokenizer.chat_template = _GEMMA_TEMPLATE
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_gemma_text(tokenizer))), tokenizer
+
+
+def _gemma3() -> tuple[Any, Any]:
+    tokenizer = _gemma_tokenizer()
     vision = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -249,7 +258,7 @@ def _gemma3() -> tuple[Any, Any]:
         "vision_use_head": False,
     }
     config = transformers.Gemma3Config(
-        text_config=text,
+        text_config=_gemma_text(tokenizer),
         vision_config=vision,
         mm_tokens_per_image=16,
         boi_token_index=tokenizer.boi_token_id,
@@ -270,6 +279,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen2_5_omni": _qwen2_5_omni,
     "gemma3": _gemma3,
+    "gemma3_text": _gemma3_text,
 }
 
 
@@ -277,7 +287,7 @@ def build(family: str, folder: Path) -> None:
     """Write the tiny checkpoint of ``family`` (a key of :data:`FAMILIES`) into ``folder``."""
     model, processor = FAMILIES[family]()
     _draw_weights(model)
-    tokenizer = processor.tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
