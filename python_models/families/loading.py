@@ -123,8 +123,8 @@ def outline(cls: Any, folder: Path, keep: Callable[[Any], Sequence[str]], dtype:
     finally:
         torch.set_default_dtype(before)
     for path, module in list(model.named_modules()):
-        # no checkpoint stores these buffers
-        if getattr(module, "inv_freq", None) is not None:
+        # no checkpoint stores these buffers, of which there may be one for each type of layer
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
             model.set_submodule(path, type(module)(module.config))
     return model.eval().requires_grad_(False)
 

@@ -101,13 +101,14 @@ def test_audio_encoder_reads_the_tower_alone(tiny_checkpoint: Callable[[str], Pa
         encoder.base.visual(None)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "gemma3"])
 def test_decoder_reads_the_language_model_alone(
     name: str, tiny_checkpoint: Callable[[str], Path], reads: ReadLog
 ) -> None:
     folder = tiny_checkpoint(name)
     decoder = family_of(folder).load_decoder("cpu", torch.float32)
-    towers = {n for n in on_disk(folder) if "visual." in n or "audio_tower." in n}
+    names = ("visual.", "audio_tower.", "vision_tower.", "multi_modal_projector.")
+    towers = {n for n in on_disk(folder) if any(name in n for name in names)}
     assert towers
     assert reads.names == on_disk(folder) - towers
     assert not any(p.is_meta for p in decoder.text_model.parameters())

@@ -136,17 +136,22 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(reads) == 4
 
 
-def test_one_file_and_a_family(tiny_checkpoint: Callable[[str], Path]) -> None:
-    folder = tiny_checkpoint("qwen2_5_vl")
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "gemma3_text"])
+def test_one_file_and_a_family(tiny_checkpoint: Callable[[str], Path], name: str) -> None:
+    folder = tiny_checkpoint(name)
     family = load_family(Settings(model=str(folder)))
     decoder, source = family.open_decoder("cpu", torch.float32, progress=False)
     loaded = family.load_decoder("cpu", torch.float32)
     assert {p.device.type for p in decoder.text_model.parameters()} == {"meta"}
-    assert torch.equal(decoder.text_model.rotary_emb.inv_freq, loaded.text_model.rotary_emb.inv_freq)  # type: ignore[union-attr, arg-type]
-    for name, tensor in loaded.text_model.state_dict().items():
-        assert torch.equal(source.get(name), tensor), name
+    frequencies = dict(loaded.text_model.rotary_emb.named_buffers())  # type: ignore[union-attr, operator]
+    assert frequencies
+    for key, buffer in frequencies.items():
+        assert torch.equal(decoder.text_model.rotary_emb.get_buffer(key), buffer), key  # type: ignore[union-attr, operator]
+    for key, tensor in loaded.text_model.state_dict().items():
+        assert torch.equal(source.get(key), tensor), key
     assert torch.equal(source.get("lm_head.weight"), loaded.lm_head.weight)  # type: ignore[arg-type]
     assert (decoder.num_axes, decoder.context_length) == (loaded.num_axes, loaded.context_length)
+    assert decoder.bidirectional == loaded.bidirectional
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
