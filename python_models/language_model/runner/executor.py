@@ -226,6 +226,9 @@ def refuse_unsupported(decoder: DecoderModel) -> None:
         reason = "layers that share keys and values"
     elif getattr(config, "cross_attention_layers", None):
         reason = "cross-attention layers"
+    elif getattr(config, "use_bidirectional_attention", None) is True:
+        # Gemma 3's embedding models
+        reason = "bidirectional attention over text"
     else:
         rope = getattr(config, "rope_parameters", None) or {}
         # one set of parameters, or one for each type of layer
