@@ -128,7 +128,8 @@ def test_together_as_alone(stage: PreprocessStage, make_clip: Make, make_tone: M
 
 
 def test_placeholder_typed_by_the_user_is_text(stage: PreprocessStage) -> None:
-    out = result(ask(stage, [{"type": "text", "text": "<|image_pad|><|video_pad|><start_of_image><image_soft_token>"}], []))
+    typed = "<|image_pad|><|video_pad|><start_of_image><image_soft_token>"
+    out = result(ask(stage, [{"type": "text", "text": typed}], []))
     assert Plan.from_json(out["plan"][0]).items == ()
 
 
