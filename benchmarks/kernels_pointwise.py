@@ -31,7 +31,6 @@ from triptych.kernels.image import normalise_patches, normalise_patches_referenc
 from triptych.kernels.norm import rms_norm, rms_norm_reference
 from triptych.kernels.rope import rope_table, rope_table_reference, rotate_and_store, rotate_and_store_reference
 from triptych.kernels.sampling import draw, draw_reference, greedy, greedy_reference
-from triptych.kernels.sampling.launch import launch_draw
 from triptych.kernels.sampling.reference import _top
 
 HIDDEN, FFN, HEADS, KV_HEADS, DIM, VOCABULARY = 3584, 18944, 28, 4, 128, 152064
@@ -251,10 +250,11 @@ def check_draw(given: tuple[torch.Tensor, ...]) -> None:
 
 # temperature, top-k, top-p, min-p; spread of the logits: 3 is peaked as a model's, 0.5 the worst case, nearly flat
 DRAWS = (
-    ("temperature", (0.7, 0, 1.0, 0.0), 3.0),
+    ("temperature only", (0.7, 0, 1.0, 0.0), 3.0),
     ("k 20, p 0.8", (0.7, 20, 0.8, 0.0), 3.0),
     ("p 0.95", (1.0, 0, 0.95, 0.0), 3.0),
     ("p 0.95, flat", (1.0, 0, 0.95, 0.0), 0.5),
+    ("min_p 0.05", (1.0, 0, 1.0, 0.05), 3.0),
 )
 
 
@@ -279,14 +279,6 @@ def draw_rows() -> list[Row]:
                 return lambda: draw(*given), (lambda: torch_draw(*given)) if seed < 2 else None
 
             out.append(measure(f"draw, {label}, {rows} rows", make, rows * VOCABULARY * 4))
-            given = inputs(0)
-            for tile, warps in ((4096, 8), (4096, 16), (8192, 16)):
-
-                def variant(tile: int = tile, warps: int = warps, given: Any = given) -> torch.Tensor:
-                    return launch_draw(*given, tile=tile, warps=warps)
-
-                name = f"    the same, tile {tile}, {warps} warps"
-                out.append(Row(name, microseconds([variant]), None, out[-1].floor, host_microseconds(variant)))
     return out
 
 

@@ -101,7 +101,7 @@ _CUTS = [
         (3, 301, 64, 16, 512),
         (30, 300, 512, 512, 512),
         (0.5, 250, 64, 128, 8),
-        (3, 40, 8, 16, 8),
+        (3, 40, 16, 64, 8),
     ],
 )
 def test_draws_what_the_reference_draws(device, spread, vocabulary, chunk, tile, room):
@@ -134,6 +134,16 @@ def test_ties_keep_the_lower_tokens(device, cut):
             assert token in row.eq(3).nonzero()[:30, 0].tolist()
 
 
+def test_draws_from_a_large_vocabulary(device):
+    """Sizes as of real rows; what the brackets leave is a list of its own for each."""
+    torch.manual_seed(0)
+    cuts = [(0.7, 20, 0.8, 0.0), (1.0, 0, 0.95, 0.0), (1.0, 0, 1.0, 0.05), (1.0, 3000, 0.6, 0.0)]
+    logits = torch.tensor([3.0, 0.5, 3.0, 1.0], device=device)[:, None] * torch.randn(4, 12000, device=device)
+    uniform = torch.rand(4, dtype=torch.float64, device=device)
+    settings = _settings(device, cuts)
+    _assert_as_the_reference(launch_draw(logits, *settings, uniform), logits, settings, uniform)
+
+
 def test_the_draw_does_not_depend_on_the_batch(device):
     torch.manual_seed(0)
     cuts = [(1.0, 0, 0.9, 0.0), (0.7, 20, 0.8, 0.0), (1.0, 50, 0.9, 0.05), (1.0, 0, 1.0, 0.0)]
@@ -149,7 +159,7 @@ def test_the_draw_does_not_depend_on_the_batch(device):
 
 @pytest.mark.parametrize("cut", [(1.0, 0, 1.0, 0.0), (0.7, 4, 1.0, 0.0), (1.0, 0, 0.7, 0.0), (1.0, 0, 1.0, 0.2)])
 def test_frequencies_are_probabilities(device, cut):
-    """Draws at 16 evenly spread numbers are a token's probability times 16, give or take one."""
+    """Draws at 12 evenly spread numbers are a token's probability times 12, give or take one."""
     torch.manual_seed(0)
     row = 2 * torch.randn(12)
     heat, k, p, m = cut
@@ -161,12 +171,12 @@ def test_frequencies_are_probabilities(device, cut):
     kept &= probability >= m * probability.max()
     expected = torch.where(kept, probability, 0.0)
     expected /= expected.sum()
-    uniform = ((torch.arange(16) + 0.5) / 16).double().to(device)
-    settings = _settings(device, [cut] * 16)
+    uniform = ((torch.arange(12) + 0.5) / 12).double().to(device)
+    settings = _settings(device, [cut] * 12)
     for run, sizes in ((launch_draw, {"chunk": 8, "tile": 16}), (draw_reference, {})):
-        tokens = run(row.to(device).expand(16, 12).contiguous(), *settings, uniform, **sizes)
+        tokens = run(row.to(device).expand(12, 12).contiguous(), *settings, uniform, **sizes)
         counts = torch.bincount(tokens.cpu(), minlength=12)
-        assert (counts - 16 * expected).abs().max() <= 1.01
+        assert (counts - 12 * expected).abs().max() <= 1.01
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -202,13 +212,8 @@ def test_compiles_for_the_h200(compile_sm90, kind):
     sizes = dict.fromkeys(("row_stride", "vocabulary"), "i32:16") | {"chunks": "i32"}
     parts = {"logits": f"*{kind}:16", "values": "*fp32:16", "tokens": "*i32:16"}
     for chunk in (1024, 2048, 4096):
-        built = compile_sm90(
-            _best_kernel,
-            parts | sizes | {"tally": "*i32:16"},
-            {"CHUNK": chunk, "PDL": True},
-            num_warps=4,
-            launch_pdl=True,
-        )
+        constants = {"CHUNK": chunk, "PDL": True, "tally": None}
+        built = compile_sm90(_best_kernel, parts | sizes, constants, num_warps=4, launch_pdl=True)
         assert built.spilled == 0
         assert "ld.global.v4" in built.ptx
     merge = {"values": "*fp32:16", "tokens": "*i32:16", "out": "*i64:16", "usable": "*i1:16", "chunks": "i32"}
@@ -220,11 +225,16 @@ def test_compiles_for_the_h200(compile_sm90, kind):
     types = parts | sizes | row
     for chunk, warps in ((1024, 4), (2048, 8)):
         for kernel, own, kernel_warps in (
+            (_best_kernel, {}, 4),
             (_count_kernel, {}, warps),
             (_gather_kernel, {"ROOM": 16384}, warps),
             (_draw_kernel, {"ROOM": 16384, "TILE": 4096}, 16),
         ):
+            if kind == "bf16" and kernel is _draw_kernel:
+                # slow to compile, and reads of logits look the same in the others
+                continue
             constants = {"BLOCK": 262144 // chunk, "CHUNK": chunk, "PDL": True} | own
+            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
             given = {name: types[name] for name in kernel.arg_names if name not in constants}
             built = compile_sm90(kernel, given, constants, num_warps=kernel_warps, launch_pdl=True)
             assert built.spilled == 0
