@@ -3,10 +3,6 @@
 A metric object of the Python backend must be used from one thread only: two at once crash the whole server. So one
 thread owns them all. Stages only add to plain numbers under a lock, which the thread carries over a few times a
 second: many small increments become one call to the server, and no count is ever lost.
-
-Histograms are kept here too and reach the server as counters under the names a histogram's samples have (``_bucket``
-with ``le``, ``_sum``, ``_count``). The server's own histogram takes a call for every observation, on the same message
-queue as the answers: thousands of tokens a second would wait for their measurements.
 """
 
 from __future__ import annotations
@@ -14,9 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from itertools import accumulate
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -26,6 +20,7 @@ from triptych.python_models.contract.metrics import METRICS
 HEARTBEAT = "triptych_heartbeat_timestamp_seconds"
 FLUSH_S = 0.1
 HEARTBEAT_S = 1.0
+MAX_OBSERVATIONS = 100_000
 _LOG = logging.getLogger(__name__)
 _Key = tuple[str, tuple[tuple[str, str], ...]]
 
@@ -46,8 +41,8 @@ class MetricsThread:
         self._sums: dict[_Key, float] = {}
         self._gauges: dict[_Key, float] = {}
         self._changed: set[_Key] = set()
-        # observations by bucket, and their sum
-        self._histograms: dict[_Key, tuple[list[int], list[float]]] = {}
+        self._observations: list[tuple[_Key, float]] = []
+        self._dropped = 0
         self._reported: set[str] = set()
         # until the stage reports heartbeats of its own, which say more: that its worker turns
         self._beats = True
@@ -83,13 +78,11 @@ class MetricsThread:
         """Record one observation of a histogram."""
         if (key := self._key(name, labels, "histogram")) is None:
             return
-        buckets = METRICS[name].buckets
         with self._lock:
-            if key not in self._histograms:
-                self._histograms[key] = [0] * (len(buckets) + 1), [0.0]
-            counts, total = self._histograms[key]
-            counts[bisect_left(buckets, value)] += 1
-            total[0] += value
+            if len(self._observations) < MAX_OBSERVATIONS:
+                self._observations.append((key, value))
+            else:
+                self._dropped += 1
 
     def close(self, timeout_s: float) -> None:
         """Carry over what is left and stop."""
@@ -130,17 +123,16 @@ class MetricsThread:
             sums, self._sums = self._sums, {}
             gauges = [(key, self._gauges[key]) for key in self._changed]
             self._changed = set()
-            histograms, self._histograms = self._histograms, {}
-        for (name, labels), (counts, total) in histograms.items():
-            for bound, count in zip((*METRICS[name].buckets, "+Inf"), accumulate(counts), strict=True):
-                # all of them, so that a reader finds the whole histogram
-                sums[f"{name}_bucket", (("le", f"{bound}"), *labels)] = count
-            sums[f"{name}_sum", labels] = total[0]
-            sums[f"{name}_count", labels] = sum(counts)
+            observations, self._observations = self._observations, []
+            dropped, self._dropped = self._dropped, 0
         for key, value in sums.items():
             self._apply(key, "increment", value)
         for key, value in gauges:
             self._apply(key, "set", value)
+        for key, value in observations:
+            self._apply(key, "observe", value)
+        if dropped:
+            _LOG.warning("%d observations of histograms were dropped: they came faster than the server takes", dropped)
 
     def _apply(self, key: _Key, operation: str, value: float) -> None:
         try:
@@ -154,9 +146,11 @@ class MetricsThread:
 
     def _metric(self, key: _Key) -> Any:
         name, labels = key
+        spec = METRICS[name]
         if name not in self._families:
-            # a sample of a histogram has the histogram's description
-            spec = METRICS.get(name) or METRICS[name.rpartition("_")[0]]
-            kind = pb_utils.MetricFamily.GAUGE if spec.kind == "gauge" else pb_utils.MetricFamily.COUNTER
+            kind = getattr(pb_utils.MetricFamily, spec.kind.upper())
             self._families[name] = pb_utils.MetricFamily(name=name, description=spec.help, kind=kind)
-        return self._families[name].Metric(labels=self._labels | dict(labels))
+        arguments: dict[str, Any] = {"labels": self._labels | dict(labels)}
+        if spec.buckets:
+            arguments["buckets"] = list(spec.buckets)
+        return self._families[name].Metric(**arguments)
