@@ -6,6 +6,7 @@ A stage owns its threads and its batching. ``submit`` and ``cancel`` return at o
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -62,12 +63,17 @@ class Stage(ABC):
     Attributes:
         on_fatal: set by a host; called when nothing more can be computed in this process (a broken CUDA context),
             after the last error was handed to its responder.
+        pauses: set while the stage's worker leaves the interpreter to others, because it waits for its device or for
+            work. A stage that feeds a GPU clears it in between: every call into torch lets go of the interpreter lock,
+            and taking it back from a busy thread costs the time to wake up, dozens of times a step.
     """
 
     on_fatal: Callable[[], None] | None = None
 
     def __init__(self, settings: Settings, telemetry: Telemetry, device: str) -> None:
         """Args: settings of the deployment; telemetry; ``device``, a torch device string such as "cuda:0"."""
+        self.pauses = threading.Event()
+        self.pauses.set()
         self.settings = settings
         self.telemetry = telemetry
         self.device = device

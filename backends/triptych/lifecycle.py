@@ -117,7 +117,7 @@ class HostedStage:
             raise pb_utils.TritonModelException(
                 f"{type(error).__name__}: {error}; the traceback is in the server's log"
             ) from None
-        self._sender = Sender(config.spec, config.dtypes)
+        self._sender = Sender(config.spec, config.dtypes, self._stage.pauses)
         self._stage.on_fatal = self._die
 
     def accept(self, request: Any) -> None:

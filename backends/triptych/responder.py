@@ -21,6 +21,8 @@ from .io import make_outputs
 # Responses per second at which deltas begin to be merged. Each takes about 50 us of the interpreter lock, which the
 # engine's thread needs too, and about as much again of whoever reads it.
 MERGE_ABOVE = 4000
+# longest time that an answer waits for the stage's worker to pause
+_PATIENCE_S = 0.02
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _LOG = logging.getLogger(__name__)
 _Content = Mapping[str, Any] | TriptychError
@@ -36,8 +38,9 @@ class Sender:
     first token, its last answer and whatever is no delta do not wait for a round.
     """
 
-    def __init__(self, spec: StageSpec, dtypes: Mapping[str, str]) -> None:
-        """Args: as :func:`~.io.make_outputs`."""
+    def __init__(self, spec: StageSpec, dtypes: Mapping[str, str], pauses: threading.Event) -> None:
+        """Args: as :func:`~.io.make_outputs`; the stage's pauses, in which answers are sent."""
+        self._pauses = pauses
         self._spec = spec
         self._dtypes = dtypes
         self._lock = threading.Lock()
@@ -140,6 +143,7 @@ class Sender:
         for item in waiting:
             contents += item.values() if isinstance(item, _Deltas) else [item]
         for number, content in enumerate(contents, 1):
+            self._pauses.wait(_PATIENCE_S)
             self._send(responder, content, final and number == len(contents))
         return len(contents)
 

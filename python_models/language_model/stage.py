@@ -62,7 +62,11 @@ class LanguageModelStage(Stage):
             prefix_cache=settings.prefix_cache,
             max_media_bytes=settings.max_media_mb * 2**20,
         )
-        self.engine = Engine(self._runner, decoder.tokenizer, config, telemetry, device=device, on_fatal=self._end)
+        # on a CPU the steps themselves are the engine's work: it never waits while it is busy
+        pauses = self.pauses if torch.device(device).type == "cuda" else None
+        self.engine = Engine(
+            self._runner, decoder.tokenizer, config, telemetry, device=device, on_fatal=self._end, pauses=pauses
+        )
 
     def submit(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
         """See :class:`~triptych.python_models.stage.Stage`."""

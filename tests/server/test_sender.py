@@ -76,8 +76,15 @@ def responder_module() -> Iterator[Any]:
 
 
 @pytest.fixture
-def sender(responder_module: Any) -> Iterator[Any]:
-    made = responder_module.Sender(LANGUAGE_MODEL, DTYPES)
+def pauses() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+@pytest.fixture
+def sender(responder_module: Any, pauses: threading.Event) -> Iterator[Any]:
+    made = responder_module.Sender(LANGUAGE_MODEL, DTYPES, pauses)
     yield made
     made.close(30)
     assert not made._thread.is_alive()
@@ -85,6 +92,25 @@ def sender(responder_module: Any) -> Iterator[Any]:
 
 def token(number: int, index: int = 0) -> Delta:
     return Delta(f"{number} ", (number,), index=index)
+
+
+def test_answers_leave_while_the_worker_pauses_and_are_not_kept_for_long(
+    sender: Any, pauses: threading.Event, responder_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responder_module, "_PATIENCE_S", 0.5)
+    wire = Wire()
+    responder = sender.responder(wire)
+    pauses.clear()
+    start = time.monotonic()
+    responder.send(token(0), final=False)
+    threading.Timer(0.1, pauses.set).start()
+    wire.wait(1)
+    assert 0.05 < time.monotonic() - start < 0.4
+    pauses.clear()
+    start = time.monotonic()
+    responder.send(token(1), final=True)
+    wire.wait(2)
+    assert 0.4 < time.monotonic() - start < 5
 
 
 def test_what_waits_is_one_delta_per_choice_and_the_last_is_final(sender: Any) -> None:

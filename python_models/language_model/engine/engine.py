@@ -56,6 +56,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         device: str = "cpu",
         on_fatal: Callable[[], None] | None = None,
+        pauses: threading.Event | None = None,
     ) -> None:
         """Start the thread.
 
@@ -67,6 +68,7 @@ class Engine:
             clock: in seconds.
             device: the thread makes it its current one.
             on_fatal: called last, by the thread, after an error that this process cannot survive.
+            pauses: kept set while the thread waits and clear while it works (see ``Stage.pauses``).
         """
         if tuple(group.window for group in runner.kv_groups) != config.windows:
             raise ValueError(f"the runner's groups are {runner.kv_groups}, but the windows given are {config.windows}")
@@ -83,7 +85,8 @@ class Engine:
         self._grammars = GrammarCompiler(tokenizer, runner.vocab_size, config.eos_token_ids, telemetry)
         self._scheduler = Scheduler(config)
         sampler = Sampler(runner.vocab_size, self._device)
-        self._pipeline = Pipeline(runner, sampler, config.overlap, clock, self._took, self._fail_alone)
+        self._pauses = pauses or threading.Event()
+        self._pipeline = Pipeline(runner, sampler, config.overlap, clock, self._took, self._fail_alone, self._pauses)
         self._log = BatchLog(config.log_s, clock())
         self._answers: dict[Answer, None] = {}
         self._inbox: deque[Callable[[], None]] = deque()
@@ -239,6 +242,7 @@ class Engine:
                             self._closing = True
             self._run_commands(last=True)
             self._fail_all(_stopped())
+        self._pauses.set()
         if fatal and self._on_fatal is not None:
             self._on_fatal()
 
@@ -249,8 +253,10 @@ class Engine:
             idle = not (self._inbox or scheduler.running or scheduler.waiting or self._pipeline.flight)
             if idle and not self._closing:
                 self._telemetry.set("triptych_heartbeat_timestamp_seconds", time.time())
+                self._pauses.set()
                 # requests that wait for their grammar still have timeouts
                 self._wake.wait(_CHECK_S if self._answers else self.config.heartbeat_s)
+                self._pauses.clear()
             return not self._closing
 
     def _iterate(self) -> None:

@@ -12,6 +12,7 @@ once: whatever writes to them next is queued behind that row.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,7 @@ class Pipeline:
         clock: Callable[[], float],
         take: Callable[[Work, Sequence[Sampled]], None],
         fail: Callable[[Request, Exception], None],
+        pauses: threading.Event,
     ) -> None:
         """Make an empty one.
 
@@ -74,6 +76,7 @@ class Pipeline:
             clock: in seconds.
             take: called with each work of a step that was read and the outcomes of its logits.
             fail: called with a request that fails alone, and why.
+            pauses: set while a step is waited for.
         """
         self._runner = runner
         self._sampler = sampler
@@ -81,6 +84,7 @@ class Pipeline:
         self._clock = clock
         self._take = take
         self._fail = fail
+        self._pauses = pauses
         self.flight: Step | None = None
         self.read_at = 0.0
         """When the tokens that are handed out were read."""
@@ -151,9 +155,13 @@ class Pipeline:
     def _finish(self, scheduler: Scheduler, step: Step, later: Step | None = None) -> None:
         """Read a step; where that raises, compute it again without ``later``, which was queued on top of it."""
         try:
-            if step.fence is not None:
-                step.fence.synchronize()
-            sampled = step.pending.result() if step.pending is not None else []
+            self._pauses.set()
+            try:
+                if step.fence is not None:
+                    step.fence.synchronize()
+                sampled = step.pending.result() if step.pending is not None else []
+            finally:
+                self._pauses.clear()
         except Exception as error:
             if device_lost(error):
                 raise
