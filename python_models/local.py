@@ -120,12 +120,12 @@ class _StepResponder:
         self._last = STAGES[step.stage].decoupled
 
     def send(self, answer: Mapping[str, Any] | Delta, *, final: bool) -> None:
-        if isinstance(answer, Delta):
-            self._run.results.put(answer)
-        elif not self._last:
+        if not self._last:
+            assert not isinstance(answer, Delta)
             self._run.arrived({outer: answer.get(inner) for inner, outer in self._step.outputs.items()})
-        elif answer:
-            self._run.results.put(Delta.from_tensors(answer))
+            return
+        if answer:
+            self._run.results.put(answer if isinstance(answer, Delta) else Delta.from_tensors(answer))
         if final:
             self._run.results.put(None)
 
