@@ -90,9 +90,10 @@ class Decoder:
 
 
 class WeightSource(Protocol):
-    """Weights by their names in transformers' modules, relative to the decoder stack; the head is ``lm_head.weight``.
+    """Weights by their names in transformers' modules, which the runner's fused decoders take from it.
 
-    The runner's fused decoders take their weights from it.
+    Names are relative to the decoder stack, such as ``layers.0.self_attn.q_proj.weight``, ``norm.weight`` and
+    ``embed_tokens.weight``; the head is ``lm_head.weight``.
     """
 
     def get(self, name: str, dim: int | None = None, start: int | None = None, stop: int | None = None) -> torch.Tensor:

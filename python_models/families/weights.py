@@ -163,7 +163,7 @@ class _Entry:
 
 
 class SafetensorsSource:
-    """Weights of a decoder by slices (see ``language_model.runner.fused.WeightSource``).
+    """Weights of a decoder by slices (see :class:`.base.WeightSource`).
 
     Names are relative to the decoder stack; the head's begin with ``lm_head``.
     """

@@ -3,7 +3,7 @@
 from .builder import build, random_decoder, random_weights
 from .decoder import FusedDecoder
 from .shard import Alone, Collectives, Shard
-from .source import ModuleSource, WeightSource
+from .source import ModuleSource
 
 __all__ = [
     "Alone",
@@ -11,7 +11,6 @@ __all__ = [
     "FusedDecoder",
     "ModuleSource",
     "Shard",
-    "WeightSource",
     "build",
     "random_decoder",
     "random_weights",

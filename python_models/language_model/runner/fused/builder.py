@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ....families.base import WeightSource
 from ..executor import DecoderModel
 from .decoder import FusedDecoder
 from .rehearsal import RandomDecoder, draw, small_copy
 from .shard import Collectives, Shard
-from .source import ModuleSource, WeightSource
+from .source import ModuleSource
 from .spec import UnfitError, read_spec
 from .verify import difference
 from .weights import Fuser

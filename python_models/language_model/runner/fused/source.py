@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import nn
 
 
-class WeightSource(Protocol):
-    """Weights by the names that they have in transformers' modules.
-
-    Names are relative to the decoder stack, such as ``layers.0.self_attn.q_proj.weight``, ``norm.weight`` and
-    ``embed_tokens.weight``; the head is ``lm_head.weight``.
-    """
-
-    def get(self, name: str, dim: int | None = None, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        """A weight, on its device; with ``dim``, only [start, stop) of that dimension.
-
-        Raises:
-            KeyError: there is no such weight.
-        """
-
-
 class ModuleSource:
-    """Weights of transformers' modules that are loaded already."""
+    """Weights of transformers' modules that are loaded already; a ``families.base.WeightSource``."""
 
     def __init__(self, text_model: nn.Module, lm_head: nn.Module) -> None:
         self._roots = {"lm_head": lm_head}
         self._text_model = text_model
 
     def get(self, name: str, dim: int | None = None, start: int | None = None, stop: int | None = None) -> torch.Tensor:
-        """See :class:`WeightSource`; a whole weight is the module's own, a part is a view of it."""
+        """See ``WeightSource``; a whole weight is the module's own, a part is a view of it."""
         tensor = self._owner(name)[2].detach()
         return tensor if dim is None else tensor.narrow(dim, start or 0, _stop(tensor, dim, stop) - (start or 0))
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
     def share(self, name: str, tensor: torch.Tensor) -> None:
         """Let the module use ``tensor``, which equals its weight, and let go of its own copy."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ....families.base import WeightSource
 from ..context import HeadNorm, How
 from .shard import Shard
-from .source import ModuleSource, WeightSource
+from .source import ModuleSource
 from .spec import AttentionSpec, DecoderSpec, LayerSpec, MlpSpec, MoeSpec, UnfitError
 
 
