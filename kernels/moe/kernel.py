@@ -244,6 +244,7 @@ def _combine_kernel(
     for place in tl.static_range(TOP_K):
         pair = token * TOP_K + place
         expert = tl.load(experts + pair) - first_expert
-        here = (expert >= 0) & (expert < EXPERTS) & (columns < width)
+        # not `&`: the interpreter of Triton 3.9 makes numbers of a scalar and a block of booleans
+        here = tl.where((expert >= 0) & (expert < EXPERTS), columns < width, False)
         total += tl.load(parts + pair * width + columns, here, other=0.0).to(tl.float32)
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), columns < width)

@@ -157,7 +157,8 @@ def _rotate_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     slot = tl.load(slots + token)
-    stored = exists & (slot >= 0)
+    # not `&`: the interpreter of Triton 3.9 makes numbers of a scalar and a block of booleans
+    stored = tl.where(slot >= 0, exists, False)
     is_key = stored & is_rotated & (heads >= NUM_HEADS)
     is_value = stored & (heads >= NUM_HEADS + NUM_KV_HEADS)
 
