@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,18 @@ def about_nothing(rng: random.Random, task: str) -> Sample:
 
 def tasks(clips: Path) -> dict[str, Callable[[random.Random, str], Sample | None]]:
     """Every task and what makes its samples."""
-    voices = speech.load(str(clips), "test")
+
+    @cache
+    def voices() -> list[list[Array]]:
+        # only sounds need the file
+        return speech.load(str(clips), "test")
+
     table: dict[str, Callable[[random.Random, str], Sample | None]]
     table = dict.fromkeys(("colour", "shape", "count", "where", "text"), about_picture)
     table |= {
         "motion": about_clip,
-        "tones": lambda r, t: about_sound(r, t, voices),
-        "digits": lambda r, t: about_sound(r, t, voices),
+        "tones": lambda r, t: about_sound(r, t, voices()),
+        "digits": lambda r, t: about_sound(r, t, voices()),
     }
     return table | {
         "two pictures": about_pair,
