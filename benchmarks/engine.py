@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support import machine
+from support import record
 
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import TriptychError
@@ -218,16 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench.profile("prefill", 8, args.prefill, 1, args.profile)
     bench.stage.close()
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "benchmark": "engine",
-            "date": time.strftime("%Y-%m-%d"),
-            "command": "benchmarks/engine.py " + " ".join(argv or sys.argv[1:]),
-            "machine": machine(),
-            "settings": json.loads(settings.to_json()),
-            "figures": figures,
-        }
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        command = ["benchmarks/engine.py", *(argv or sys.argv[1:])]
+        record(args.out, "engine", command, figures, settings=json.loads(settings.to_json()))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ benchmarks/engine.py on the same shape: that is the engine without a server.
 from __future__ import annotations
 
 import argparse
+import base64
 import http.client
 import io
 import itertools
@@ -28,7 +29,7 @@ from typing import Any
 
 import httpx
 from PIL import Image
-from support import machine, median, server
+from support import free_port, median, record, server
 
 from triptych.client.sdk import Client
 
@@ -51,8 +52,6 @@ def picture_of(size: int, seed: int) -> bytes:
 
 def ask_http(url: str, text: str, picture: bytes | None, answer: int) -> tuple[float, int]:
     """(seconds to the first token, tokens)."""
-    import base64
-
     content: list[dict[str, Any]] = [{"type": "text", "text": text}]
     if picture:
         data = base64.b64encode(picture).decode()
@@ -192,7 +191,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     # nothing is asked twice, so no cache answers
     seeds = itertools.count()
-    grpc_port = _free_port()
+    grpc_port = free_port()
     options = [*args.options.split(), "--device", args.device, "--grpc-port", str(grpc_port)]
     with server(args.model, *options) as (url, _, ready_s):
         figures["start s"] = round(ready_s, 1)
@@ -219,15 +218,7 @@ def main() -> None:
                 print(f"{name:20} {figures[name]}", flush=True)
                 before = _show_stages(url, before)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "benchmark": "path",
-            "date": time.strftime("%Y-%m-%d"),
-            "command": " ".join(sys.argv),
-            "machine": machine(),
-            "figures": figures,
-        }
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        record(args.out, "path", sys.argv, figures)
 
 
 def _stage_times(url: str) -> dict[str, tuple[float, float]]:
@@ -250,12 +241,6 @@ def _show_stages(url: str, before: dict[str, tuple[float, float]]) -> dict[str, 
             means.append(f"{stage} {1000 * (seconds - old[0]) / (count - old[1]):.1f}")
     print(f"{'':20} ms in stages: {', '.join(means)}", flush=True)
     return now
-
-
-def _free_port() -> int:
-    from support import free_port
-
-    return free_port()
 
 
 if __name__ == "__main__":

@@ -104,15 +104,21 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def save(name: str, command: Sequence[str], figures: dict[str, Any]) -> None:
-    """Write benchmarks/results/NAME.json and print the figures."""
-    RESULTS.mkdir(exist_ok=True)
+def record(path: Path, name: str, command: Sequence[str], figures: dict[str, Any], **more: Any) -> None:
+    """Write figures to ``path`` with what they depend on: date, command, machine, and ``more``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(command),
         "machine": machine(),
+        **more,
         "figures": figures,
     }
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def save(name: str, command: Sequence[str], figures: dict[str, Any]) -> None:
+    """Write benchmarks/results/NAME.json and print the figures."""
+    record(RESULTS / f"{name}.json", name, command, figures)
     print(json.dumps(figures, indent=2))

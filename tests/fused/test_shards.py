@@ -75,11 +75,10 @@ def ask(made, ids, position_ids, cuts):
         return list(pool.map(run, made))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# five heads of the tiny qwen3 cannot be shared by two ranks
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "qwen3"])
 @pytest.mark.parametrize("one_kernel", [False, True])
 def test_two_ranks(make_tiny, monkeypatch, name, one_kernel):
-    if name == "qwen3":
-        pytest.skip("five heads")
     monkeypatch.setattr(decoder, "fits", lambda *_: one_kernel)
     tiny = make_tiny(name)
     ids, position_ids = tiny.prompt(FEW_ROWS + 20)

@@ -111,10 +111,6 @@ class BlockPool:
         """Share of blocks in use, 0 to 1."""
         return 1 - self.num_free / self.num_blocks
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold ``num_tokens``."""
-        return -(-num_tokens // self.block_size)
-
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` blocks with unknown content; blank ones first, then the idle one unused for longest.
 
