@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import multiprocessing
-import queue
 import random
 import re
 import sys
@@ -118,12 +117,11 @@ def worker(
 
     def loop() -> None:
         while True:
-            try:
-                text, picture, answer = jobs.get(timeout=1)
-            except queue.Empty:
+            job = jobs.get()
+            if job is None:
                 return
             try:
-                results.put(ask(url, text, picture, answer))
+                results.put(ask(url, *job))
             except Exception as error:  # the parent reports it
                 results.put(f"{type(error).__name__}: {error}")
 
@@ -141,8 +139,9 @@ def load(
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     processes = min(streams, 8)
+    threads = -(-streams // processes)
     workers = [
-        context.Process(target=worker, args=(ask, url, jobs, results, -(-streams // processes)), daemon=True)
+        context.Process(target=worker, args=(ask, url, jobs, results, threads), daemon=True)
         for _ in range(processes)
     ]
     for request in requests[:processes]:
@@ -157,6 +156,8 @@ def load(
         jobs.put(request)
     answers = [results.get(timeout=300) for _ in requests[processes:]]
     seconds = time.perf_counter() - start
+    for _ in range(processes * threads):
+        jobs.put(None)
     for process in workers:
         process.join()
     if wrong := [a for a in answers if isinstance(a, str)]:
