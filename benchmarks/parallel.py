@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,7 +75,9 @@ def build(member: Member, folder: str, cls: str, batch: int) -> DecoderRunner:
         torch.cuda.set_device(member.device)
     else:
         torch.set_num_threads(1)
-    model = outline(getattr(transformers, cls), Path(folder), lambda m: ["lm_head", "model"], dtype)
+    whole = getattr(transformers, cls)
+    config = whole.config_class.from_pretrained(folder)
+    model = outline(whole, config, lambda m: ["lm_head", "model"], dtype)
     source = RandomSource(model, "model", member.device, dtype)
     shard = fused.Shard(member.rank, member.size, member.expert_parallel)
     built = fused.build(Bare(model), shard, member.collectives, source, check=False)

@@ -141,8 +141,7 @@ def load(
     processes = min(streams, 8)
     threads = -(-streams // processes)
     workers = [
-        context.Process(target=worker, args=(ask, url, jobs, results, threads), daemon=True)
-        for _ in range(processes)
+        context.Process(target=worker, args=(ask, url, jobs, results, threads), daemon=True) for _ in range(processes)
     ]
     for request in requests[:processes]:
         jobs.put(request)

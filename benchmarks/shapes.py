@@ -9,6 +9,7 @@ The shapes are those of the published configurations; processor options too. Onl
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -18,23 +19,23 @@ from typing import Any
 
 
 def _tiny() -> ModuleType:
-    """The builder of the tests' tiny checkpoints: it knows how to make a tokenizer and a processor offline."""
+    """A builder of the tests' tiny checkpoints: it knows how to make a tokenizer and a processor offline."""
     path = Path(__file__).parent.parent / "tests" / "tiny" / "build.py"
     spec = importlib.util.spec_from_file_location("tiny_build", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tiny.qwen")
 
 
 def _qwen2_5_vl(text: dict[str, Any], layers: int | None) -> tuple[Any, Any]:
     tiny = _tiny()
     import transformers
 
-    tokenizer = tiny._tokenizer()
+    tokenizer = tiny.make_tokenizer()
     shape = {
-        **tiny._text(tokenizer),
+        **tiny.text_shape(tokenizer),
         "vocab_size": 152064,
         "max_position_embeddings": 32768,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
@@ -56,12 +57,12 @@ def _qwen2_5_vl(text: dict[str, Any], layers: int | None) -> tuple[Any, Any]:
         },
         dtype="bfloat16",
         architectures=["Qwen2_5_VLForConditionalGeneration"],
-        **tiny._vision_ids(tokenizer),
+        **tiny.vision_ids(tokenizer),
     )
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
     processor = transformers.Qwen2_5_VLProcessor(
         tokenizer=tokenizer,
-        chat_template=tiny._TEMPLATE,
+        chat_template=tiny.TEMPLATE,
         image_processor=transformers.Qwen2VLImageProcessor(patch_size=14, size=size),
         video_processor=transformers.Qwen2VLVideoProcessor(patch_size=14),
     )

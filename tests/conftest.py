@@ -18,6 +18,11 @@ if not Path("/dev/nvidiactl").exists() or os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--families a,b``: of which the parity tests take the tiny checkpoints; a few where it is not given."""
+    parser.addoption("--families", help="comma-separated names of tests/tiny that the parity tests run for")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` where there is no NVIDIA GPU."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

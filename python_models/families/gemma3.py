@@ -25,8 +25,8 @@ from .transformers_family import Tensors, TransformersEncoder, TransformersFamil
 class Gemma3Preprocessor(TransformersPreprocessor):
     """Pictures through Gemma3ImageProcessor."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, cls: Any, encoders: Mapping[str, str]) -> None:
-        super().__init__(checkpoint, settings, cls, encoders)
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
+        super().__init__(checkpoint, settings, model, encoders)
         processor = self.processor.image_processor
         if processor.do_pan_and_scan:
             raise TriptychError(

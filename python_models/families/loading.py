@@ -53,15 +53,15 @@ def model_class(name: str) -> Any:
     return getattr(transformers, name)
 
 
-def meta_model(cls: Any, folder: Path) -> Any:
-    """The model of a checkpoint without any weights: for what only needs its configuration."""
-    config = cls.config_class.from_pretrained(folder)
+def meta_model(cls: Any, config: Any) -> Any:
+    """The model of a configuration without any weights: for what needs no more than that."""
     with torch.device("meta"):
         return cls(config).eval()
 
 
 def load_part(
     cls: Any,
+    config: Any,
     folder: Path,
     keep: Callable[[Any], Sequence[str]],
     *,
@@ -73,7 +73,8 @@ def load_part(
     """A model with only some of its modules, on ``device`` in ``dtype``, in evaluation mode.
 
     Args:
-        cls: the transformers model class.
+        cls: the model class, of transformers or derived from one.
+        config: its configuration.
         folder: the checkpoint.
         keep: (model on the meta device) -> dotted paths of the modules to load; others with weights are left out.
         part: what is loaded, for messages.
@@ -85,10 +86,10 @@ def load_part(
         TriptychError: STAGE_FAILED naming weights that are missing, MODEL_NOT_FOUND where there are no weight files.
     """
     if dummy:
-        return _random_part(cls, folder, keep, device, dtype)
+        return _random_part(cls, config, keep, device, dtype)
     try:
         model, info = _partial_class(cls, keep).from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except OSError as error:
         raise TriptychError(
@@ -109,12 +110,11 @@ def load_part(
     return model.eval().requires_grad_(False).to(device)
 
 
-def outline(cls: Any, folder: Path, keep: Callable[[Any], Sequence[str]], dtype: torch.dtype) -> Any:
+def outline(cls: Any, config: Any, keep: Callable[[Any], Sequence[str]], dtype: torch.dtype) -> Any:
     """The model that `load_part` would load, without its weights: on the meta device, but for rotary frequencies.
 
     Args: as `load_part`.
     """
-    config = cls.config_class.from_pretrained(folder)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -129,9 +129,8 @@ def outline(cls: Any, folder: Path, keep: Callable[[Any], Sequence[str]], dtype:
     return model.eval().requires_grad_(False)
 
 
-def _random_part(cls: Any, folder: Path, keep: Callable[[Any], Sequence[str]], device: str, dtype: torch.dtype) -> Any:
+def _random_part(cls: Any, config: Any, keep: Callable[[Any], Sequence[str]], device: str, dtype: torch.dtype) -> Any:
     """As `load_part`, with random weights drawn on the device."""
-    config = cls.config_class.from_pretrained(folder)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

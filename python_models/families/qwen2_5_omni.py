@@ -20,8 +20,8 @@ from .transformers_family import Tensors, TransformersEncoder, TransformersFamil
 class Qwen25OmniPreprocessor(QwenVisionPreprocessor):
     """Pictures and videos as Qwen2.5-VL, sounds as log-mel frames (100 a second)."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, cls: Any, encoders: Mapping[str, str]) -> None:
-        super().__init__(checkpoint, settings, cls, encoders)
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
+        super().__init__(checkpoint, settings, model, encoders)
         self._video_size = _own_video_size(checkpoint, self.processor.video_processor)
         extractor = self.processor.feature_extractor
         self._max_samples = int(extractor.n_samples)

@@ -27,8 +27,8 @@ _NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_v
 class QwenVisionPreprocessor(TransformersPreprocessor):
     """Pictures and videos through Qwen2VLImageProcessor and Qwen2VLVideoProcessor."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, cls: Any, encoders: Mapping[str, str]) -> None:
-        super().__init__(checkpoint, settings, cls, encoders)
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
+        super().__init__(checkpoint, settings, model, encoders)
         self._processors = {"image": self.processor.image_processor, "video": self.processor.video_processor}
         self._normalisation = {m: normalisation(p, m) for m, p in self._processors.items()}
         check_bytes(self.processor.image_processor)

@@ -39,14 +39,14 @@ Tensors = dict[str, NDArray[np.generic]]
 class TransformersPreprocessor(ABC):
     """Template, processor and positions of a checkpoint. Thread-safe (see :class:`.base.Preprocessor`)."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, cls: Any, encoders: Mapping[str, str]) -> None:
-        """Args: the checkpoint; options; its model class; modality -> encoder that takes it."""
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
+        """Args: the checkpoint; options; its model on the meta device; modality -> encoder that takes it."""
         self.folder = checkpoint.folder
         self.processor = self.load_processor(checkpoint.folder, settings)
         self.encoders = encoders
         self.modalities = frozenset(encoders)
-        # Positions come from the configuration alone, so the model stays on the meta device.
-        self.model = meta_model(cls, checkpoint.folder)
+        # Positions come from the configuration alone: no weights are needed.
+        self.model = model
         self.base = self.model.base_model
         self.config = self.model.config
         self.prompt = PromptWriter(self.processor, str(checkpoint.folder))
@@ -263,11 +263,20 @@ class TransformersFamily(ABC):
         self.settings = settings
         self.encoders = frozenset(self.towers)
 
+    def load_class(self) -> Any:
+        """The model class. A published format with other names of weights has a class of its own, derived from that of
+        transformers, for which it calls ``transformers.conversion_mapping.register_checkpoint_conversion_mapping``.
+        """
+        return model_class(self.model_class)
+
+    def load_config(self) -> Any:
+        """The configuration of that class; a published format translates its own."""
+        return self.load_class().config_class.from_pretrained(self.checkpoint.folder)
+
     def load_preprocessor(self) -> TransformersPreprocessor:
         """See :meth:`.base.Family.load_preprocessor`."""
-        return self.preprocessor_class(
-            self.checkpoint, self.settings, model_class(self.model_class), self.modality_encoders
-        )
+        model = meta_model(self.load_class(), self.load_config())
+        return self.preprocessor_class(self.checkpoint, self.settings, model, self.modality_encoders)
 
     def load_encoder(self, encoder: str, device: str, dtype: torch.dtype) -> TransformersEncoder:
         """See :meth:`.base.Family.load_encoder`."""
@@ -298,7 +307,7 @@ class TransformersFamily(ABC):
 
     def open_decoder(self, device: str, dtype: torch.dtype, *, progress: bool) -> tuple[Decoder, WeightSource]:
         """See :meth:`.base.Family.open_decoder`."""
-        model = outline(model_class(self.model_class), self.checkpoint.folder, _keep_decoder, dtype)
+        model = outline(self.load_class(), self.load_config(), _keep_decoder, dtype)
         text = _path_of(model, model.get_decoder())
 
         def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
@@ -326,7 +335,8 @@ class TransformersFamily(ABC):
 
     def _load(self, keep: Callable[[Any], Sequence[str]], part: str, device: str, dtype: torch.dtype) -> Any:
         return load_part(
-            model_class(self.model_class),
+            self.load_class(),
+            self.load_config(),
             self.checkpoint.folder,
             keep,
             part=part,

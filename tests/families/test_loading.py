@@ -233,15 +233,10 @@ def test_load_part_reports_what_dies_inside(tiny_checkpoint: Callable[[str], Pat
     def keep(model: Any) -> list[str]:
         return ["model.no_such_module"]
 
+    cls, folder = model_class("Qwen2_5_VLForConditionalGeneration"), tiny_checkpoint("qwen2_5_vl")
+    config = cls.config_class.from_pretrained(folder)
     with pytest.raises(TriptychError, match=r"the toy part of .* cannot be loaded: AttributeError"):
-        load_part(
-            model_class("Qwen2_5_VLForConditionalGeneration"),
-            tiny_checkpoint("qwen2_5_vl"),
-            keep,
-            part="toy part",
-            device="cpu",
-            dtype=torch.float32,
-        )
+        load_part(cls, config, folder, keep, part="toy part", device="cpu", dtype=torch.float32)
 
 
 def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(

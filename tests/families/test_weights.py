@@ -75,7 +75,7 @@ def keep(model: Any) -> list[str]:
 
 
 def opened(folder: Path, cls: Any, dtype: torch.dtype = torch.float32) -> SafetensorsSource:
-    model = outline(cls, folder, keep, dtype)
+    model = outline(cls, cls.config_class.from_pretrained(folder), keep, dtype)
     return SafetensorsSource(model, folder, keep(model)[1], "cpu", dtype)
 
 
@@ -186,7 +186,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, damage: str) -> None:
 
 def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
     cls = saved("plain", tmp_path)
-    model = outline(cls, tmp_path, keep, torch.float32)
+    model = outline(cls, cls.config_class.from_pretrained(tmp_path), keep, torch.float32)
     model.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(TriptychError, match="quantised"):
         SafetensorsSource(model, tmp_path, "model", "cpu", torch.float32)
@@ -194,7 +194,7 @@ def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_random_weights_are_the_same_on_all_ranks_where_they_must_be(tmp_path: Path) -> None:
     cls = saved("experts one by one", tmp_path)
-    model = outline(cls, tmp_path, keep, torch.bfloat16)
+    model = outline(cls, cls.config_class.from_pretrained(tmp_path), keep, torch.bfloat16)
     ranks = [RandomSource(model, "model", "cpu", torch.bfloat16) for _ in range(2)]
     for name in ("embed_tokens.weight", "layers.0.mlp.gate.weight", "norm.weight"):
         one, two = (source.get(name) for source in ranks)

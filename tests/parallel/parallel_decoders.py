@@ -42,7 +42,7 @@ def keep(model: Any) -> list[str]:
 def build(member: Member, folder: str, cls: str) -> DecoderRunner:
     """The recipe's function."""
     torch.set_num_threads(1)
-    model = outline(model_class(cls), Path(folder), keep, torch.float32)
+    model = outline(model_class(cls), model_class(cls).config_class.from_pretrained(folder), keep, torch.float32)
     source = SafetensorsSource(model, Path(folder), keep(model)[1], member.device, torch.float32)
     shard = fused.Shard(member.rank, member.size, member.expert_parallel)
     built = fused.build(Bare(model), shard, member.collectives, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,11 +107,12 @@ class Parts:
 
     @cached_property
     def whole(self) -> Any:
-        """transformers' own model."""
+        """transformers' own model; beside a checkpoint in another format lies a folder ``whole`` in transformers'."""
         import transformers
 
-        model = getattr(transformers, self.family.model_class).from_pretrained(self.folder, dtype=torch.float32)
-        return model.eval()
+        folder = self.folder / "whole" if (self.folder / "whole").is_dir() else self.folder
+        (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+        return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
 
     @cached_property
     def processor(self) -> Any:
@@ -267,9 +269,19 @@ class Answer:
         return self.responses
 
 
-_NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "gemma3"]
-if (builtin_checkpoint() / "config.json").is_file():
-    _NAMES.append("builtin")
+QUICK = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "gemma3"]
+"""Families of ``make test``; ``--families`` takes others (see tests/conftest.py)."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test that asks for ``parts`` runs for each family."""
+    if "parts" not in metafunc.fixturenames:
+        return
+    wanted = metafunc.config.getoption("--families")
+    names = wanted.split(",") if wanted else [*QUICK]
+    if not wanted and (builtin_checkpoint() / "config.json").is_file():
+        names.append("builtin")
+    metafunc.parametrize("parts", names, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
@@ -278,7 +290,7 @@ def make_parts(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Parts]
     return lambda name: Parts(builtin_checkpoint() if name == "builtin" else tiny_checkpoint(name))
 
 
-@pytest.fixture(scope="session", params=_NAMES)
+@pytest.fixture(scope="session")
 def parts(request: pytest.FixtureRequest, make_parts: Callable[[str], Parts]) -> Parts:
     return make_parts(request.param)
 

@@ -1,0 +1,48 @@
+"""What the builders of tiny checkpoints share: a small tokenizer, and weights that tell computations apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+_CORPUS = [
+    "the quick brown fox jumps over the lazy dog. describe this image, video and audio in detail please! "
+    "what is shown here? user assistant system hello world numbers 0123456789 "
+    "How many objects are there and which colours do they have? Transcribe the audio."
+] * 4 + [chr(c) * 2 for c in range(32, 127)]
+
+
+def bpe(special: list[str]) -> Any:
+    """A tokenizer of the tokenizers library: bytes, a few hundred merges, these special tokens first."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(_CORPUS, trainer)
+    return raw
+
+
+def draw_weights(model: Any) -> None:
+    """Standard deviation 1/sqrt(inputs), 1 for token embeddings, and biases that are not zero."""
+    generator = torch.Generator().manual_seed(0)
+    # Gemma multiplies them by sqrt(width), and they are its head: larger ones would make it repeat each token
+    embedding = 0.03 if hasattr(model.get_input_embeddings(), "embed_scale") else 1.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                scale = embedding if "embed_tokens" in name else parameter[0].numel() ** -0.5
+            elif "bias" in name:
+                scale = 0.1
+            elif not parameter.any():
+                # of Gemma's norms, which add 1
+                scale = 0.5
+            else:
+                continue
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
