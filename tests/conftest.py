@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,9 +20,14 @@ if not Path("/dev/nvidiactl").exists() or os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_configure(config: Any) -> None:
+    """``config.tiny_builder()`` gives tests/tiny/build.py where there are no fixtures yet."""
+    config.tiny_builder = _tiny_builder
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--families a,b``: of which the parity tests take the tiny checkpoints; a few where it is not given."""
-    parser.addoption("--families", help="comma-separated names of tests/tiny that the parity tests run for")
+    """``--families a,b``: for which the parity tests run; those marked quick where it is not given."""
+    parser.addoption("--families", default="", help="names of tests/tiny, comma-separated, or all")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,6 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+@functools.cache
 def _tiny_builder() -> ModuleType:
     """tests/tiny/build.py, which is a script and no importable package."""
     spec = importlib.util.spec_from_file_location("tiny_build", Path(__file__).parent / "tiny" / "build.py")

@@ -269,19 +269,42 @@ class Answer:
         return self.responses
 
 
-QUICK = ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni", "gemma3"]
-"""Families of ``make test``; ``--families`` takes others (see tests/conftest.py)."""
+TEXT = ("text", "text_turns")
+IMAGE = ("turns", "image", "two_images", "wide_image")
+VIDEO = ("video", "slow_video")
+AUDIO = ("audio", "two_audios")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each test that asks for ``parts`` runs for each family."""
-    if "parts" not in metafunc.fixturenames:
+    """Each test that asks for ``parts`` runs for each family; if it asks for a ``case`` too, for each that fits it."""
+    fixtures = metafunc._arg2fixturedefs.get("parts", ())
+    if not fixtures or fixtures[-1].func.__module__ != __name__:
         return
+    known = metafunc.config.tiny_builder().FAMILIES  # type: ignore[attr-defined]
     wanted = metafunc.config.getoption("--families")
-    names = wanted.split(",") if wanted else [*QUICK]
-    if not wanted and (builtin_checkpoint() / "config.json").is_file():
-        names.append("builtin")
-    metafunc.parametrize("parts", names, indirect=True, scope="session")
+    if wanted and wanted != "all":
+        names = wanted.split(",")
+    else:
+        names = [name for name, tiny in known.items() if tiny.quick or wanted]
+        if (builtin_checkpoint() / "config.json").is_file():
+            names.append("builtin")
+    modalities = {name: known[name].modalities if name in known else ("image", "video", "audio") for name in names}
+    if "case" not in metafunc.fixturenames:
+        # what needs no case needs a medium
+        metafunc.parametrize("parts", [n for n in names if modalities[n]], indirect=True, scope="session")
+        return
+    cases = []
+    for name in names:
+        own = {
+            *TEXT,
+            *(IMAGE if "image" in modalities[name] else ()),
+            *(VIDEO if "video" in modalities[name] else ()),
+            *(AUDIO if "audio" in modalities[name] else ()),
+            *(("mixed",) if len(modalities[name]) == 3 else ()),
+        }
+        without = known[name].without if name in known else {}
+        cases += [(name, case) for case in sorted(own - set(without))]
+    metafunc.parametrize(("parts", "case"), cases, indirect=["parts"], scope="session")
 
 
 @pytest.fixture(scope="session")

@@ -5,31 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
-
-from triptych.python_models.builtin import checkpoint as builtin_checkpoint
-
-TEXT = ["text", "text_turns"]
-IMAGE = [*TEXT, "turns", "image", "two_images", "wide_image"]
-VISION = [*IMAGE, "video", "slow_video"]
-AUDIO = ["audio", "two_audios", "mixed"]
-CHECKPOINTS = {
-    "qwen2_vl": VISION,
-    "qwen2_5_vl": VISION,
-    "qwen2_5_omni": VISION + AUDIO,
-    "gemma3": IMAGE,
-    "gemma3_text": TEXT,
-}
-if (builtin_checkpoint() / "config.json").is_file():
-    CHECKPOINTS["builtin"] = VISION + AUDIO
-every_case = pytest.mark.parametrize(
-    ("parts", "case"), [(name, case) for name, cases in CHECKPOINTS.items() for case in cases], indirect=["parts"]
-)
-
-with_pictures = pytest.mark.parametrize(
-    "parts", [name for name, cases in CHECKPOINTS.items() if "image" in cases], indirect=True
-)
 
 
 def chat_of(parts: Any, case: str) -> Any:
@@ -67,7 +43,6 @@ def chat_of(parts: Any, case: str) -> Any:
     )
 
 
-@every_case
 def test_inputs_equal_the_processor(parts: Any, case: str) -> None:
     chat = chat_of(parts, case)
     prepared = parts.prepare(chat)
@@ -81,7 +56,6 @@ def test_inputs_equal_the_processor(parts: Any, case: str) -> None:
     assert covered == [i for i, token in enumerate(prepared.input_ids) if token in ids]
 
 
-@every_case
 def test_logits_equal_the_whole_model(parts: Any, case: str) -> None:
     chat = chat_of(parts, case)
     parts.whole.base_model.rope_deltas = None
@@ -92,13 +66,11 @@ def test_logits_equal_the_whole_model(parts: Any, case: str) -> None:
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
 
 
-@every_case
 def test_tokens_equal_generate(parts: Any, case: str) -> None:
     chat = chat_of(parts, case)
     assert parts.tokens(chat) == parts.reference_tokens(chat)
 
 
-@with_pictures
 def test_pixels_equal_the_processor_bit_for_bit(parts: Any) -> None:
     chat = parts.make.chat(parts.make.image(1), parts.make.image(2, 90, 33), "x")
     items = parts.prepare(chat).features["vision"]
@@ -107,7 +79,6 @@ def test_pixels_equal_the_processor_bit_for_bit(parts: Any) -> None:
     assert torch.equal(found, parts.reference_inputs(chat)["pixel_values"])
 
 
-@with_pictures
 def test_items_of_several_requests_encode_together(parts: Any) -> None:
     make = parts.make
     videos = [make.video(4)] if "video" in parts.preprocessor.modalities else []
@@ -129,7 +100,6 @@ def test_items_of_several_requests_encode_together(parts: Any) -> None:
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@with_pictures
 def test_same_medium_same_digest_only(parts: Any) -> None:
     make = parts.make
     chat = make.chat(make.image(1), make.image(1), make.image(2), "x")

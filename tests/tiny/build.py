@@ -2,9 +2,8 @@
 
     python tests/tiny/build.py FAMILY FOLDER
 
-Each module beside this one builds some families: ``FAMILIES`` maps a name to a function that gives (model, processor),
-or (None, None) after it has written the folder, its argument, by itself. Weights are drawn wide enough that logits are
-far from flat: two different computations would give different tokens.
+Each module beside this one builds some families: its ``FAMILIES`` maps a name to a :class:`common.Tiny`. Weights are
+drawn wide enough that logits are far from flat: two different computations would give different tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,14 +37,14 @@ def modules() -> list[ModuleType]:
     return [importlib.import_module(f"tiny.{name}") for name in names]
 
 
-FAMILIES: dict[str, Callable[..., tuple[Any, Any]]] = {k: v for module in modules() for k, v in module.FAMILIES.items()}
+FAMILIES: dict[str, Any] = {k: v for module in modules() for k, v in module.FAMILIES.items()}
 
 
 def build(family: str, folder: Path) -> None:
     """Write the tiny checkpoint of ``family`` (a key of :data:`FAMILIES`) into ``folder``."""
     from tiny.common import draw_weights
 
-    make = FAMILIES[family]
+    make = FAMILIES[family].make
     if inspect.signature(make).parameters:
         make(folder)
         return

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """How to make a tiny checkpoint, and what the tests ask of it.
+
+    Attributes:
+        make: () -> (model, processor); or (folder) -> None, which writes it: in another format than that of
+            transformers it writes the same model in that of transformers into folder/whole.
+        modalities: beside text.
+        quick: it is part of ``make test``; the others are tested by ``make parity``.
+        without: case of tests/parity -> why transformers itself cannot do it.
+    """
+
+    make: Callable[..., Any]
+    modalities: tuple[str, ...] = ()
+    quick: bool = False
+    without: Mapping[str, str] = field(default_factory=dict)
+
 
 _CORPUS = [
     "the quick brown fox jumps over the lazy dog. describe this image, video and audio in detail please! "

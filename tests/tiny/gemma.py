@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 from tokenizers import processors
 
-from .common import bpe
+from .common import Tiny, bpe
 
 # Gemma's own begins every prompt and calls the assistant "model".
 _GEMMA_TEMPLATE = (
@@ -106,4 +106,4 @@ def _gemma3() -> tuple[Any, Any]:
     return transformers.Gemma3ForConditionalGeneration(config), processor
 
 
-FAMILIES = {"gemma3": _gemma3, "gemma3_text": _gemma3_text}
+FAMILIES = {"gemma3": Tiny(_gemma3, ("image",), quick=True), "gemma3_text": Tiny(_gemma3_text, quick=True)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 
-from .common import bpe
+from .common import Tiny, bpe
 
 NAMED = {
     "image_token": "<|image_pad|>",
@@ -147,4 +147,8 @@ def _qwen2_5_omni() -> tuple[Any, Any]:
     return transformers.Qwen2_5OmniThinkerForConditionalGeneration(config), processor
 
 
-FAMILIES = {"qwen2_vl": _qwen2_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen2_5_omni": _qwen2_5_omni}
+FAMILIES = {
+    "qwen2_vl": Tiny(_qwen2_vl, ("image", "video"), quick=True),
+    "qwen2_5_vl": Tiny(_qwen2_5_vl, ("image", "video"), quick=True),
+    "qwen2_5_omni": Tiny(_qwen2_5_omni, ("image", "video", "audio"), quick=True),
+}
