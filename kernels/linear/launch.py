@@ -184,6 +184,8 @@ def _launch_dot(
         num_warps=entry.warps,
         num_stages=entry.stages,
         launch_pdl=flag,
+        # see below
+        enable_fp_fusion=False,
     )
     if partial is not None:
         _reduce_kernel[(-(-columns // _REDUCE_BLOCK), rows)](
@@ -201,5 +203,7 @@ def _launch_dot(
             PDL=flag,
             num_warps=2,
             launch_pdl=flag,
+            # product and sum of the last step are bfloat16 to the compiler, and one instruction with one rounding
+            enable_fp_fusion=False,
         )
     return out

@@ -312,7 +312,8 @@ def _search(columns, bits, source, low, base, need, WEIGHTS: tl.constexpr, ROOM:
     return low, count, total, reached - count
 
 
-@triton.jit
+# a single chunk, as a constant, is more than the compiler of Triton 3.6 can take
+@triton.jit(do_not_specialize=["chunks"])
 def _draw_kernel(
     logits,  # [N, V]
     values,  # float32 [N, chunks], of _best_kernel

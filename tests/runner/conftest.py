@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,7 @@ class Own:
     config: Any
     table: Any
     num_axes: int = 1
+    token_extras: Mapping[str, int | None] = field(default_factory=dict)
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.table(ids.masked_fill(is_media, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 
 from ...contract.errors import ErrorKind, TriptychError
 from .attention import Backend, load_backend, resolve
-from .executor import Deepstack, Executor
+from .executor import Deepstack, Executor, ModulesExecutor
 from .graphs import GraphRunner, refuse_uncapturable
 from .inputs import Batch, HostBatch, StepInputs
 from .kv_cache import FP8, KVCache, group_layers
 from .options import RunnerOptions
 from .step import KVGroup, Slice
+
+logger = logging.getLogger(__name__)
 
 _REHEARSED = (1, 2, 7, 16, 17, 33, 48, 64, 100, 128, 200, 256, 500, 512, 1000, 1024, 2000)
 
@@ -34,7 +37,7 @@ class DecoderRunner:
         options: RunnerOptions | None = None,
         num_slots: int = 256,
     ) -> None:
-        """Args: the decoder; axes of position ids; tokens of a KV block; rows of ``last_tokens``."""
+        """Args: the decoder; axes of position ids, token extras included; tokens of a KV block; rows of ``last_tokens``."""
         self._executor = executor
         self._axes = num_axes
         self._block_size = block_size
@@ -110,7 +113,7 @@ class DecoderRunner:
         """Compile what prompts of up to ``longest`` tokens need, and capture the decode steps.
 
         Raises:
-            TriptychError: UNSUPPORTED where a decode step cannot be captured.
+            TriptychError: UNSUPPORTED where a decode step of fused layers cannot be captured.
         """
         cache, backend, inputs = self._parts()
         if longest and cache.device.type == "cuda":
@@ -132,8 +135,15 @@ class DecoderRunner:
             self._options.context_length // self._block_size + 1,
             self._example,
         )
-        with torch.inference_mode():
-            graphs.capture()
+        try:
+            with torch.inference_mode():
+                graphs.capture()
+        except TriptychError as error:
+            if not isinstance(self._executor, ModulesExecutor):
+                raise
+            # code of transformers may wait for the device in the middle of a step
+            logger.warning("%s; decode steps are launched one kernel at a time, which is slower", error.message)
+            return
         self._graphs = graphs
 
     def free(self) -> None:
