@@ -90,7 +90,11 @@ class QwenVisionEncoder(TransformersEncoder):
         pixels = torch.cat([self._pixels(item) for item in items])
         grid = torch.from_numpy(np.stack([item.tensors["grid"] for item in items])).to(self.device)
         run = self.base.get_image_features if modality == "image" else self.base.get_video_features
-        return run(pixels, grid, return_dict=True).pooler_output
+        return self.join(run(pixels, grid, return_dict=True))
+
+    def join(self, output: Any) -> Any:
+        """Rows of all items."""
+        return output.pooler_output
 
     def _pixels(self, item: EncoderItem) -> torch.Tensor:
         return normalise_patches(

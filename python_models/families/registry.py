@@ -16,6 +16,8 @@ _FAMILIES = {
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
     "qwen2_5_omni": ("qwen2_5_omni", "Qwen25Omni"),
     "qwen2_5_omni_thinker": ("qwen2_5_omni", "Qwen25Omni"),
+    "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
+    "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
 }
 
 

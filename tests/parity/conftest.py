@@ -37,8 +37,20 @@ class Chat:
 class ChatMaker:
     """Makes conversations with random media, always the same for the same seed."""
 
-    def __init__(self, sampling_rate: int) -> None:
+    def __init__(self, sampling_rate: int, modalities: Sequence[str], system: bool) -> None:
+        """Args: of sounds, in Hz; what the family takes; its template has a system role."""
         self.sampling_rate = sampling_rate
+        self.modalities = modalities
+        self.system = system
+
+    def any(self, seed: int) -> Medium:
+        """A medium of the family's first modality."""
+        make: Callable[[int], Medium] = getattr(self, self.modalities[0])
+        return make(seed)
+
+    def each(self, seed: int) -> list[Medium]:
+        """A medium of each modality."""
+        return [getattr(self, modality)(seed + k) for k, modality in enumerate(self.modalities)]
 
     def image(self, seed: int, width: int = 56, height: int = 40) -> Medium:
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -66,10 +78,10 @@ class ChatMaker:
         return self.turns(("user", *parts))
 
     def turns(self, *turns: tuple[Any, ...]) -> Chat:
-        """(role, part, part ...) per turn."""
+        """(role, part, part ...) per turn; a system turn is left out where the template has none."""
         messages = []
         media: list[Medium] = []
-        for role, *parts in turns:
+        for role, *parts in turns if self.system else [turn for turn in turns if turn[0] != "system"]:
             content: list[TextPart | MediaPart] = []
             for part in parts:
                 if isinstance(part, str):
@@ -82,10 +94,18 @@ class ChatMaker:
 
 
 class Parts:
-    """A checkpoint, taken apart and whole."""
+    """A checkpoint, taken apart and whole.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        without: see ``Tiny.without``.
+    """
+
+    def __init__(self, folder: Path, tiny: Any = None) -> None:
+        """Args: the checkpoint; its :class:`tiny.common.Tiny` (None: the built-in model)."""
         self.folder = folder
+        self.tiny = tiny
+        self.modalities: tuple[str, ...] = ("image", "video", "audio") if tiny is None else tiny.modalities
+        self.without = {} if tiny is None else tiny.without
         self.settings = Settings(model=str(folder), kv_cache_tokens=4096, mm_cache_size_mb=16)
         self.family = load_family(self.settings)
 
@@ -103,23 +123,34 @@ class Parts:
 
     @cached_property
     def make(self) -> ChatMaker:
-        return ChatMaker(self.preprocessor.sampling_rate)
+        return ChatMaker(self.preprocessor.sampling_rate, self.modalities, self.tiny is None or self.tiny.system)
 
     @cached_property
-    def whole(self) -> Any:
-        """transformers' own model; beside a checkpoint in another format lies a folder ``whole`` in transformers'."""
+    def _reference(self) -> tuple[Any, Any]:
+        """The whole model and its processor (of text alone, its tokenizer), untouched by ours.
+
+        Beside a checkpoint in another format than transformers' lies a folder ``whole`` in that one.
+        """
         import transformers
 
+        if self.tiny is not None and self.tiny.reference is not None:
+            found: tuple[Any, Any] = self.tiny.reference(self.folder)
+            return found
         folder = self.folder / "whole" if (self.folder / "whole").is_dir() else self.folder
         (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
-        return getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+        model = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = (folder / "tokenizer_config.json").is_file()
+        return model, transformers.AutoProcessor.from_pretrained(folder if tokenizer else self.folder)
 
-    @cached_property
+    @property
+    def whole(self) -> Any:
+        """transformers' own model."""
+        return self._reference[0]
+
+    @property
     def processor(self) -> Any:
-        """transformers' own processor (of text alone, its tokenizer), untouched by ours."""
-        import transformers
-
-        return transformers.AutoProcessor.from_pretrained(self.folder)
+        """transformers' own processor."""
+        return self._reference[1]
 
     # --- the reference
 
@@ -135,6 +166,11 @@ class Parts:
             ]
             conversation.append({"role": message.role, "content": content[0]["text"] if message.plain else content})
         text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        if self.tiny is not None and self.tiny.inputs is not None:
+            grouped: dict[str, list[Any]] = {}
+            for medium in chat.media:
+                grouped.setdefault(medium.modality, []).append(medium.data)
+            return dict(self.tiny.inputs(self.processor, text, grouped))
         arguments: dict[str, Any] = {}
         data = [medium.data for medium in chat.media]
         if images := [d.pixels for d in data if isinstance(d, Image)]:
@@ -155,7 +191,7 @@ class Parts:
                     for v in videos
                 ],
             }
-            if "audio" in self.preprocessor.modalities:
+            if "audio" in self.preprocessor.modalities and "omni" in type(self.processor).__name__.lower():
                 # The omni processor takes one frame rate a call, and a size of its own unless told.
                 size = self.processor.video_processor.size
                 arguments["videos_kwargs"] |= {"fps": videos[0].sampled_fps, "size": dict(size)}
@@ -186,8 +222,8 @@ class Parts:
         """Encoder -> rows of all its items."""
         return {name: torch.cat(self.encoders[name].encode(items)) for name, items in prepared.features.items()}
 
-    def embed(self, prepared: Prepared) -> torch.Tensor:
-        """Token embeddings with the media rows in their places [L, H]."""
+    def splice(self, prepared: Prepared) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Token embeddings with the media rows in their places [L, H]; the same of deepstack, zeros elsewhere."""
         ids = torch.from_numpy(prepared.input_ids.astype(np.int64))
         rows = self.encode(prepared)
         is_media = torch.zeros(len(ids), dtype=torch.bool)
@@ -199,14 +235,17 @@ class Parts:
             places.append((index, rows[item.encoder][used[item.encoder] : used[item.encoder] + item.num_rows]))
             used[item.encoder] += item.num_rows
         embeddings = self.decoder.embed(ids, is_media).clone()
+        deep: dict[int, torch.Tensor] = {}
         for index, own in places:
-            embeddings[index] = own
-        return embeddings
+            embeddings[index], *deeper = own.split(embeddings.shape[1], dim=1)
+            for level, part in enumerate(deeper):
+                deep.setdefault(level, torch.zeros_like(embeddings))[index] = part
+        return embeddings, list(deep.values())
 
     @torch.no_grad()
     def logits(self, prepared: Prepared, answer: Sequence[int] = ()) -> torch.Tensor:
         """Logits [L + len(answer), V] of the decoder alone."""
-        embeddings = self.embed(prepared)
+        embeddings, deep = self.splice(prepared)
         position_ids = torch.from_numpy(prepared.position_ids.astype(np.int64))
         if answer:
             ids = torch.tensor(answer)
@@ -214,11 +253,16 @@ class Parts:
             start = len(prepared.input_ids) + prepared.rope_delta
             new = torch.arange(start, start + len(answer)).expand(len(position_ids), -1)
             position_ids = torch.cat([position_ids, new], dim=1)
+        extra: dict[str, Any] = {}
+        if deep:
+            in_prompt = torch.arange(len(embeddings))[None] < len(prepared.input_ids)
+            extra = {"visual_pos_masks": in_prompt, "deepstack_visual_embeds": deep}
         hidden = self.decoder.text_model(
             inputs_embeds=embeddings[None],
             position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,
             attention_mask=self._masks(prepared, len(embeddings)) if self.decoder.bidirectional else None,
             use_cache=False,
+            **extra,
         ).last_hidden_state
         out: torch.Tensor = self.decoder.lm_head(hidden[0])
         return out
@@ -301,6 +345,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             *(VIDEO if "video" in modalities[name] else ()),
             *(AUDIO if "audio" in modalities[name] else ()),
             *(("mixed",) if len(modalities[name]) == 3 else ()),
+            *(("image_and_audio",) if {"image", "audio"} <= set(modalities[name]) else ()),
+            *(("image_and_video",) if {"image", "video"} <= set(modalities[name]) else ()),
         }
         without = known[name].without if name in known else {}
         cases += [(name, case) for case in sorted(own - set(without))]
@@ -308,9 +354,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_parts(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], Parts]:
+def make_parts(tiny_checkpoint: Callable[[str], Path], pytestconfig: pytest.Config) -> Callable[[str], Parts]:
     """Name of a checkpoint -> its :class:`Parts`."""
-    return lambda name: Parts(builtin_checkpoint() if name == "builtin" else tiny_checkpoint(name))
+    known = pytestconfig.tiny_builder().FAMILIES  # type: ignore[attr-defined]
+
+    def make(name: str) -> Parts:
+        return Parts(builtin_checkpoint()) if name == "builtin" else Parts(tiny_checkpoint(name), known[name])
+
+    return make
 
 
 @pytest.fixture(scope="session")
