@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,19 @@ class Tiny:
         modalities: beside text.
         quick: it is part of ``make test``; the others are tested by ``make parity``.
         without: case of tests/parity -> why transformers itself cannot do it.
+        system: its chat template has a system role.
+        reference: (folder) -> (model, processor) that answer for the whole, where transformers has no class of it.
+        inputs: (processor, text, media by modality) -> the model's inputs, where that processor is called otherwise
+            than :meth:`Parts.reference_inputs` of tests/parity does.
     """
 
     make: Callable[..., Any]
     modalities: tuple[str, ...] = ()
     quick: bool = False
     without: Mapping[str, str] = field(default_factory=dict)
+    system: bool = True
+    reference: Callable[[Path], tuple[Any, Any]] | None = None
+    inputs: Callable[[Any, str, Mapping[str, list[Any]]], Mapping[str, Any]] | None = None
 
 
 _CORPUS = [
