@@ -14,8 +14,8 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Model:
     config: Any
     table: Any
     num_axes: int = 1
+    token_extras: Mapping[str, int | None] = field(default_factory=dict)
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.table(ids.masked_fill(is_media, 0))

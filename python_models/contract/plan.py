@@ -43,7 +43,8 @@ class Plan:
         rope_delta: position of generated token number k is ``len(input_ids) + rope_delta + k`` (mrope; 0 otherwise).
         stream, lease_s, timeout_s, priority, cache_salt: see
             :class:`~triptych.python_models.contract.request.ChatRequest`.
-        extras: what single families need beside (family-private JSON values).
+        extras: what single families need to know of tokens beside: name -> an integer for each prompt token, or one
+            for all (see ``Decoder.token_extras``).
     """
 
     items: tuple[MediaItem, ...] = ()

@@ -7,7 +7,7 @@ lives in each stage process and is asked only for that stage's part, so no proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,6 +76,10 @@ class Decoder:
         num_axes: axes of position ids (3 for mrope, else 1).
         bidirectional: modalities whose tokens see all of their own medium, also what comes after them (Gemma 3:
             "image"); such a run of tokens is always computed in one step.
+        token_extras: what the decoder needs to know of each token beside its position, name -> value for generated
+            tokens, or None where they take that of the last prompt token. ``Plan.extras`` gives an integer for each
+            prompt token, or one for all; ``text_model`` gets each as a keyword argument, int64 [1, T]. They decide
+            what keys and values hold, so prefixes are shared only where they are equal.
     """
 
     text_model: nn.Module
@@ -87,6 +91,7 @@ class Decoder:
     context_length: int
     num_axes: int
     bidirectional: frozenset[str] = frozenset()
+    token_extras: Mapping[str, int | None] = field(default_factory=dict)
 
 
 class WeightSource(Protocol):

@@ -53,7 +53,7 @@ class TransformersPreprocessor(ABC):
         self.frame_sampling = _frame_sampling(getattr(self.processor, "video_processor", None), settings)
         self.sampling_rate = int(getattr(getattr(self.processor, "feature_extractor", None), "sampling_rate", 16000))
         self.context_length = context_length(self.config)
-        self._token_types = {self.token_id(modality): TOKEN_TYPES[modality] for modality in encoders}
+        self._tokens = {modality: self.token_id(modality) for modality in encoders}
         self._fingerprints = {modality: self._fingerprint(modality) for modality in encoders}
         # The first call fixes the tokenizer's padding and truncation, so that later ones, from several threads at
         # once, never change it.
@@ -97,6 +97,15 @@ class TransformersPreprocessor(ABC):
         """What ``get_rope_index`` needs beside token ids and types; names it does not take are ignored."""
         return {}
 
+    def token_extras(self, batch: Mapping[str, Any], types: NDArray[np.int32]) -> dict[str, int | list[int]]:
+        """What the family's decoder needs to know of the prompt's tokens, see ``Plan.extras``.
+
+        Args:
+            batch: the processor's outputs.
+            types: int32 [L], `TOKEN_TYPES` of each token, 0 for text.
+        """
+        return {}
+
     def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
         """See :meth:`.base.Preprocessor.prepare`."""
         grouped: dict[str, list[Medium]] = {}
@@ -106,13 +115,15 @@ class TransformersPreprocessor(ABC):
         prompt = self.prompt.write(messages)
         batch = self._process(prompt.text, media, grouped)
         ids = np.asarray(prompt.fill(_first_row(batch["input_ids"])), dtype=np.int32)
-        types = np.zeros(len(ids), dtype=np.int32)
-        for token, kind in self._token_types.items():
-            types[ids == token] = kind
         features = self.split_features(batch, grouped) if grouped else {}
-        items, encoder_items = self._items(types, media, features)
+        items, encoder_items = self._items(ids, media, features)
+        types = np.zeros(len(ids), dtype=np.int32)
+        for item in items:
+            for start, end in item.spans:
+                types[start:end] = TOKEN_TYPES[item.modality]
         position_ids, delta = self._positions(ids, types, self.position_arguments(batch, features, grouped))
-        return Prepared(ids, position_ids, delta, items, encoder_items)
+        extras = self.token_extras(batch, types)
+        return Prepared(ids, position_ids, delta, items, encoder_items, extras)
 
     def _process(
         self, text: str, media: Sequence[Medium], grouped: Mapping[str, Sequence[Medium]]
@@ -145,11 +156,14 @@ class TransformersPreprocessor(ABC):
         return str(getattr(self.processor, f"{modality}_token"))
 
     def _items(
-        self, types: NDArray[np.int32], media: Sequence[Medium], features: Mapping[str, Sequence[Tensors]]
+        self, ids: NDArray[np.int32], media: Sequence[Medium], features: Mapping[str, Sequence[Tensors]]
     ) -> tuple[tuple[MediaItem, ...], dict[str, list[EncoderItem]]]:
-        """Give every medium its placeholder tokens: within one modality, prompt order is row order."""
-        places = {m: np.flatnonzero(types == TOKEN_TYPES[m]) for m in self.modalities}
-        used = dict.fromkeys(self.modalities, 0)
+        """Give every medium its placeholder tokens: prompt order is row order.
+
+        Two modalities may share one token: some families write a video as pictures.
+        """
+        places = {token: np.flatnonzero(ids == token) for token in self._tokens.values()}
+        used = dict.fromkeys(places, 0)
         index = dict.fromkeys(self.modalities, 0)
         items: list[MediaItem] = []
         encoder_items: dict[str, list[EncoderItem]] = {}
@@ -157,7 +171,8 @@ class TransformersPreprocessor(ABC):
             modality = medium.modality
             tensors = features[modality][index[modality]]
             rows = self.num_rows(modality, tensors)
-            own = places[modality][used[modality] : used[modality] + rows]
+            token = self._tokens[modality]
+            own = places[token][used[token] : used[token] + rows]
             if rows < 1 or len(own) != rows:
                 raise TriptychError(
                     ErrorKind.INVALID_MEDIA,
@@ -165,7 +180,7 @@ class TransformersPreprocessor(ABC):
                     medium.param,
                 )
             index[modality] += 1
-            used[modality] += rows
+            used[token] += rows
             # A video's frame rate decides its positions, and what was computed under this digest with them.
             rate = f"{medium.data.sampled_fps:.9g}" if isinstance(medium.data, Video) else ""
             digest = hashlib.blake2b(
@@ -174,10 +189,11 @@ class TransformersPreprocessor(ABC):
             encoder = self.encoders[modality]
             items.append(MediaItem(modality, digest, _spans(own), encoder))
             encoder_items.setdefault(encoder, []).append(EncoderItem(modality, digest, rows, tensors))
-        for modality, count in used.items():
-            if count != len(places[modality]):
+        for token, count in used.items():
+            if count != len(places[token]):
+                kinds = " or ".join(modality for modality, own in self._tokens.items() if own == token)
                 raise invalid(
-                    f"the prompt has {len(places[modality])} {modality} tokens but its media give {count}", "messages"
+                    f"the prompt has {len(places[token])} {kinds} tokens but its media give {count}", "messages"
                 )
         return tuple(items), encoder_items
 
@@ -254,7 +270,8 @@ class TransformersFamily(ABC):
     packs_sequences: ClassVar[bool] = False
     """Its towers can attend in one call for all sequences (see :mod:`.tower_attention`)."""
     bidirectional: ClassVar[frozenset[str]] = frozenset()
-    """See :class:`.base.Decoder`."""
+    token_extras: ClassVar[Mapping[str, int | None]] = {}
+    """See :class:`.base.Decoder`, both."""
     preprocessor_class: ClassVar[type[TransformersPreprocessor]]
     encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]]
 
@@ -331,6 +348,7 @@ class TransformersFamily(ABC):
             context_length=context_length(model.config),
             num_axes=3 if hasattr(model.base_model, "get_rope_index") else 1,
             bidirectional=self.bidirectional,
+            token_extras=self.token_extras,
         )
 
     def _load(self, keep: Callable[[Any], Sequence[str]], part: str, device: str, dtype: torch.dtype) -> Any:

@@ -123,7 +123,9 @@ def _on_device(settings: Settings, decoder: Decoder, executor: Executor, device:
     length, spans = context_length(settings, decoder), bool(decoder.bidirectional)
     options = RunnerOptions.of(settings, length, device, spans=spans)
     slots = settings.max_running_requests
-    return DecoderRunner(executor, decoder.num_axes, settings.block_size, device, options, slots)
+    # token extras go the way of positions
+    axes = decoder.num_axes + len(decoder.token_extras)
+    return DecoderRunner(executor, axes, settings.block_size, device, options, slots)
 
 
 def _parallel(

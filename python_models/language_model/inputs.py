@@ -15,6 +15,7 @@ from .engine.request import Prompt
 from .runner.step import MediaRows
 
 STAGE = "language_model"
+_NOTHING: Mapping[str, int | None] = {}
 _EMBEDDINGS = {"vision": "vision_embeddings", "audio": "audio_embeddings"}
 
 
@@ -27,7 +28,7 @@ def read_plan(inputs: Mapping[str, Any]) -> Plan:
     """The ``plan`` tensor.
 
     Raises:
-        TriptychError: it is missing, no valid plan, or asks for what the engine has not.
+        TriptychError: it is missing, or no valid plan.
     """
     if "plan" not in inputs:
         raise _wrong("input_ids came without a plan")
@@ -35,13 +36,6 @@ def read_plan(inputs: Mapping[str, Any]) -> Plan:
         plan = Plan.from_json(inputs["plan"][0])
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise _wrong(f"the plan cannot be read: {type(error).__name__}: {error}") from None
-    if plan.extras:
-        raise TriptychError(
-            ErrorKind.UNSUPPORTED,
-            f"the plan has extras that the engine does not know: {', '.join(plan.extras)}",
-            None,
-            STAGE,
-        )
     return plan
 
 
@@ -52,6 +46,7 @@ def read_prompt(
     hidden_size: int,
     vocab_size: int,
     bidirectional: frozenset[str] = frozenset(),
+    token_extras: Mapping[str, int | None] = _NOTHING,
 ) -> Prompt:
     """Token ids, positions and embedding rows, checked against each other.
 
@@ -61,7 +56,7 @@ def read_prompt(
         num_axes: axes of position ids that the decoder takes.
         hidden_size: columns of the token embeddings.
         vocab_size: tokens that have an embedding.
-        bidirectional: see :class:`~..families.base.Decoder`.
+        bidirectional, token_extras: see :class:`~..families.base.Decoder`.
 
     Raises:
         TriptychError: STAGE_FAILED, saying which of them do not fit together.
@@ -94,7 +89,28 @@ def read_prompt(
             f"input_ids hold {int(text_ids.min())} to {int(text_ids.max())}, but token ids are 0 to {vocab_size - 1}"
         )
     spans = sorted(span for item in plan.items if item.modality in bidirectional for span in item.spans)
-    return Prompt(token_ids, position_ids, plan.rope_delta, plan.items, tuple(media), tuple(spans))
+    position_ids, generated = _with_extras(position_ids, plan.extras, token_extras)
+    return Prompt(token_ids, position_ids, plan.rope_delta, plan.items, tuple(media), tuple(spans), generated)
+
+
+def _with_extras(
+    position_ids: NDArray[np.int64], extras: Mapping[str, Any], known: Mapping[str, int | None]
+) -> tuple[NDArray[np.int64], tuple[int, ...]]:
+    """The extras as further axes of position ids [axes, L], and their values for generated tokens."""
+    if unknown := extras.keys() - known:
+        raise _wrong(f"the plan has extras that the decoder does not know: {', '.join(sorted(unknown))}")
+    if not known:
+        return position_ids, ()
+    length = position_ids.shape[1]
+    rows, generated = [position_ids], []
+    for name, later in known.items():
+        given = extras.get(name, later)
+        values = np.array(given if isinstance(given, list) else [given] * length)
+        if values.shape != (length,) or values.dtype.kind != "i":
+            raise _wrong(f"the plan's {name} must be an integer, or one for each of the {length} tokens")
+        rows.append(values[None].astype(np.int64))
+        generated.append(int(values[-1]) if later is None else later)
+    return np.concatenate(rows), tuple(generated)
 
 
 def _places(items: list[MediaItem], length: int, is_text: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -44,6 +44,7 @@ class LanguageModelStage(Stage):
         self._runner, decoder, num_blocks = build_runner(settings, device, decoder, self._rank_lost)
         self._num_axes = decoder.num_axes
         self._bidirectional = decoder.bidirectional
+        self._token_extras = decoder.token_extras
         self._hidden_size = int(decoder.config.hidden_size)
         self._vocab_size = int(decoder.config.vocab_size)
         config = EngineConfig(
@@ -83,7 +84,15 @@ class LanguageModelStage(Stage):
                 responder.send({}, final=True)
                 return
             plan = read_plan(inputs)
-            prompt = read_prompt(inputs, plan, self._num_axes, self._hidden_size, self._vocab_size, self._bidirectional)
+            prompt = read_prompt(
+                inputs,
+                plan,
+                self._num_axes,
+                self._hidden_size,
+                self._vocab_size,
+                self._bidirectional,
+                self._token_extras,
+            )
             for media in prompt.media:
                 # the server falls back to host memory without a word when its CUDA pool is full
                 self.telemetry.add("triptych_embedding_bytes_total", media.rows.nbytes, device=media.rows.device.type)

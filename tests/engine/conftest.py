@@ -414,13 +414,14 @@ class Tiny:
         rope_delta: int = 0,
         items: tuple[MediaItem, ...] = (),
         tensors: Mapping[str, Any] | None = None,
+        extras: dict[str, Any] | None = None,
         stream: bool = True,
         **sampling: Any,
     ) -> Recorder:
         """Submit a prompt as the server would."""
         recorder = recorder or Recorder()
         sampling.setdefault("temperature", 0)
-        plan = Plan(items, SamplingParams(**sampling), rope_delta, stream)
+        plan = Plan(items, SamplingParams(**sampling), rope_delta, stream, extras=extras or {})
         axes = self.decoder.num_axes
         default = np.broadcast_to(np.arange(len(prompt), dtype=np.int32), (axes, len(prompt)))
         inputs = {

@@ -50,7 +50,7 @@ def inputs(length=10, items=(), extras=None, **tensors):
         (inputs(items=(MediaItem("smell", "d", ((2, 6),), "vision"),)), "unknown modality 'smell'"),
         (inputs(length=400), "1 to 400, but token ids are 0 to 299"),
         (inputs(input_ids=np.array([-1] * 10)), "-1 to -1"),
-        (inputs(extras={"lora": 1}), "extras that the engine does not know: lora"),
+        (inputs(extras={"lora": 1}), "extras that the decoder does not know: lora"),
         (inputs(length=0), "prompt is empty"),
     ],
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -154,6 +154,7 @@ class Decoder:
     lm_head: Any
     config: Any
     num_axes: int
+    token_extras: Mapping[str, int | None] = field(default_factory=dict)
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = self.text_model.get_input_embeddings()(ids.masked_fill(is_media, 0))

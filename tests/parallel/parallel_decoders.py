@@ -29,6 +29,7 @@ class Bare:
         self.lm_head = model.lm_head
         self.config = model.config.get_text_config()
         self.num_axes = 1
+        self.token_extras: dict[str, int | None] = {}
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

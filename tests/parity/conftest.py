@@ -257,6 +257,11 @@ class Parts:
         if deep:
             in_prompt = torch.arange(len(embeddings))[None] < len(prepared.input_ids)
             extra = {"visual_pos_masks": in_prompt, "deepstack_visual_embeds": deep}
+        for name, later in self.decoder.token_extras.items():
+            given = prepared.extras.get(name, later)
+            values = given if isinstance(given, list) else [given] * len(prepared.input_ids)
+            values = values + [values[-1] if later is None else later] * len(answer)
+            extra[name] = torch.tensor(values)[None]
         hidden = self.decoder.text_model(
             inputs_embeds=embeddings[None],
             position_ids=position_ids[:, None] if len(position_ids) > 1 else position_ids,

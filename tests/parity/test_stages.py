@@ -58,7 +58,7 @@ class Server:
     def start(self, chat: Any) -> Any:
         prepared = self.parts.prepare(chat)
         sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
-        plan = Plan(prepared.items, sampling, prepared.rope_delta)
+        plan = Plan(prepared.items, sampling, prepared.rope_delta, extras=prepared.extras)
         inputs: Mapping[str, Any] = {
             "input_ids": prepared.input_ids,
             "position_ids": prepared.position_ids,

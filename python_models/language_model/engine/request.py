@@ -29,11 +29,12 @@ class Prompt:
 
     Attributes:
         token_ids: int64 [L].
-        position_ids: int64 [axes, L].
-        rope_delta: position of generated token number k is L + rope_delta + k on every axis.
+        position_ids: int64 [axes, L]; behind the axes of positions one for each of the decoder's token extras.
+        rope_delta: position of generated token number k is L + rope_delta + k on every axis of positions.
         items: the media, for usage and for the keys of the prefix cache.
         media: rows of each encoder.
         spans: [start, end) of bidirectional attention, ascending, apart from each other.
+        generated: what token extras are for generated tokens.
     """
 
     token_ids: NDArray[np.int64]
@@ -42,6 +43,7 @@ class Prompt:
     items: tuple[MediaItem, ...] = ()
     media: tuple[MediaRows, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
+    generated: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
@@ -254,6 +256,8 @@ class Request:
         positions = np.empty((self._positions.shape[0], size), dtype=np.int64)
         positions[:, :have] = self._positions
         positions[:, have:] = np.arange(have, size) + self.prompt.rope_delta
+        if generated := self.prompt.generated:
+            positions[-len(generated) :, have:] = np.array(generated)[:, None]
         self._ids, self._positions = ids, positions
 
     def _marks(self, start: int, end: int) -> list[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,7 +67,14 @@ class Executor(Protocol):
         context: AttentionContext,
         deepstack: Deepstack | None,
     ) -> torch.Tensor:
-        """Embeddings [T, H], position_ids int64 [axes, T] -> hidden states [T, H], after the final norm."""
+        """Hidden states [T, H], after the final norm.
+
+        Args:
+            embeddings: [T, H].
+            position_ids: int64 [axes, T]; the decoder's token extras are axes too, the last ones.
+            context: the step.
+            deepstack: None where no rows are added.
+        """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, H] -> [N, V]."""
@@ -94,7 +101,11 @@ class DecoderModel(Protocol):
 
     @property
     def num_axes(self) -> int:
-        """Axes of position ids."""
+        """Axes of position ids, without token extras."""
+
+    @property
+    def token_extras(self) -> Mapping[str, int | None]:
+        """What it needs to know of each token beside its position."""
 
 
 class ModulesExecutor:
@@ -114,7 +125,8 @@ class ModulesExecutor:
         device = next(model.parameters()).device
         with torch.inference_mode():
             ids = torch.zeros(2, dtype=torch.int64, device=device)
-            positions = torch.arange(2, device=device).expand(decoder.num_axes, 2)
+            axes = decoder.num_axes + len(decoder.token_extras)
+            positions = torch.arange(2, device=device).expand(axes, 2)
             self.forward(self.embed(ids, torch.zeros_like(ids, dtype=torch.bool)), positions, probe, None)
         expected = int(decoder.config.num_hidden_layers)
         if set(probe.layers) != set(range(expected)) or probe.calls != expected:
@@ -145,9 +157,11 @@ class ModulesExecutor:
             mask = torch.zeros(1, embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
             mask[0, deepstack.places] = True
             extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(deepstack.rows)}
+        axes = self._decoder.num_axes
+        extra |= {name: row[None] for name, row in zip(self._decoder.token_extras, position_ids[axes:], strict=True)}
         output = self._decoder.text_model(
             inputs_embeds=embeddings[None],
-            position_ids=position_ids[:, None] if self._decoder.num_axes > 1 else position_ids,
+            position_ids=position_ids[:axes, None] if axes > 1 else position_ids[:1],
             attention_mask=None,
             use_cache=False,
             context=context,

@@ -37,7 +37,15 @@ class DecoderRunner:
         options: RunnerOptions | None = None,
         num_slots: int = 256,
     ) -> None:
-        """Args: the decoder; axes of position ids, token extras included; tokens of a KV block; rows of ``last_tokens``."""
+        """Make it.
+
+        Args:
+            executor: the decoder.
+            num_axes: of position ids, token extras included.
+            block_size: tokens of a KV block.
+            device, options: where and how it runs.
+            num_slots: rows of ``last_tokens``.
+        """
         self._executor = executor
         self._axes = num_axes
         self._block_size = block_size

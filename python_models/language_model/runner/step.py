@@ -46,7 +46,7 @@ class Slice:
 
     Attributes:
         token_ids: int64 [n].
-        position_ids: int64 [axes, n].
+        position_ids: int64 [axes, n]; token extras are axes too, the last ones.
         start: tokens of the request that lie in the KV cache already.
         block_tables: one int32 array per :class:`KVGroup`, indexed by token // block_size, long enough for start + n
             tokens. Blocks that fell out of a group's window hold any valid number: they are not read.

@@ -39,6 +39,8 @@ def build(
         check: compare every layer with transformers' before it may serve; where the modules have no weights, or this
             is one shard of several, the layers of a small copy of the decoder.
     """
+    if decoder.token_extras:
+        return f"its layers need {', '.join(decoder.token_extras)} of each token"
     shard = shard or Shard()
     modules = ModuleSource(decoder.text_model, decoder.lm_head)
     try:

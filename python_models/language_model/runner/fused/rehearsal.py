@@ -6,7 +6,7 @@ The copy has the same code and options, random weights, a few narrow layers of e
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class RandomDecoder:
         self.lm_head = lm_head
         self.config = config
         self.num_axes = num_axes
+        self.token_extras: Mapping[str, int | None] = {}
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         """See :class:`DecoderModel`."""
