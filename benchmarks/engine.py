@@ -169,7 +169,7 @@ def cases(bench: Bench, args: argparse.Namespace) -> dict[str, Callable[[], dict
         "batch 128": lambda: bench.together(128, long, answer),
         "prefill 64": lambda: bench.together(64, prefill, 1),
         "closed loop 32": lambda: bench.closed_loop(32, long, answer, 96),
-        "closed loop 128": lambda: bench.closed_loop(128, long, answer, 256),
+        "closed loop 128": lambda: bench.closed_loop(128, long, answer, 384),
     }
 
 
