@@ -39,6 +39,9 @@ Tensors = dict[str, NDArray[np.generic]]
 class TransformersPreprocessor(ABC):
     """Template, processor and positions of a checkpoint. Thread-safe (see :class:`.base.Preprocessor`)."""
 
+    default_sampling: ClassVar[FrameSampling] = FrameSampling()
+    """Of videos, where the checkpoint's processor does not say."""
+
     def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
         """Args: the checkpoint; options; its model on the meta device; modality -> encoder that takes it."""
         self.folder = checkpoint.folder
@@ -50,7 +53,9 @@ class TransformersPreprocessor(ABC):
         self.base = self.model.base_model
         self.config = self.model.config
         self.prompt = PromptWriter(self.processor, str(checkpoint.folder))
-        self.frame_sampling = _frame_sampling(getattr(self.processor, "video_processor", None), settings)
+        self.frame_sampling = _frame_sampling(
+            getattr(self.processor, "video_processor", None), settings, self.default_sampling
+        )
         self.sampling_rate = int(getattr(getattr(self.processor, "feature_extractor", None), "sampling_rate", 16000))
         self.context_length = context_length(self.config)
         self._tokens = {modality: self.token_id(modality) for modality in encoders}
@@ -80,6 +85,14 @@ class TransformersPreprocessor(ABC):
     @abstractmethod
     def num_rows(self, modality: str, tensors: Tensors) -> int:
         """Embedding rows of one item."""
+
+    def num_tokens(self, modality: str, tensors: Tensors) -> int:
+        """Tokens of the prompt that stand for it: one for each row, but where rows are no tokens' embeddings."""
+        return self.num_rows(modality, tensors)
+
+    def variant(self, modality: str, tensors: Tensors) -> str:
+        """What an item's embeddings depend on beside its medium and the processor's options."""
+        return ""
 
     def check_medium(self, medium: Medium) -> None:
         """Refuse a medium that the processor cannot take, naming its field and the limit."""
@@ -183,8 +196,9 @@ class TransformersPreprocessor(ABC):
             used[token] += rows
             # A video's frame rate decides its positions, and what was computed under this digest with them.
             rate = f"{medium.data.sampled_fps:.9g}" if isinstance(medium.data, Video) else ""
+            variant = self.variant(modality, tensors)
             digest = hashlib.blake2b(
-                f"{modality}:{medium.digest}:{self._fingerprints[modality]}:{rate}".encode(), digest_size=32
+                f"{modality}:{medium.digest}:{self._fingerprints[modality]}:{rate}:{variant}".encode(), digest_size=32
             ).hexdigest()
             encoder = self.encoders[modality]
             items.append(MediaItem(modality, digest, _spans(own), encoder))
@@ -404,8 +418,7 @@ def _eos_token_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(i) for i in (found if isinstance(found, (list, tuple)) else [found]))
 
 
-def _frame_sampling(video_processor: Any, settings: Settings) -> FrameSampling:
-    default = FrameSampling()
+def _frame_sampling(video_processor: Any, settings: Settings, default: FrameSampling) -> FrameSampling:
     if video_processor is None:
         return default
 
@@ -417,6 +430,8 @@ def _frame_sampling(video_processor: Any, settings: Settings) -> FrameSampling:
     # Never below one full temporal patch.
     most = max(min(int(option("max_frames", default.max_frames)), settings.max_video_frames), multiple)
     fixed = getattr(video_processor, "num_frames", None)
+    if fixed is None and getattr(video_processor, "fps", None) is None:
+        fixed = default.num_frames
     return FrameSampling(
         fps=float(option("fps", default.fps)),
         min_frames=min(int(option("min_frames", default.min_frames)), most),
