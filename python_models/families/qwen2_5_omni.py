@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
 from ..contract.settings import Settings
 from ..media.types import Audio, Medium, Video
 from .checkpoint import Checkpoint
 from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
+from .sounds import check_sound
 from .transformers_family import Tensors, TransformersEncoder, TransformersFamily
 
 
@@ -24,33 +24,14 @@ class Qwen25OmniPreprocessor(QwenVisionPreprocessor):
         super().__init__(checkpoint, settings, model, encoders)
         self._video_size = _own_video_size(checkpoint, self.processor.video_processor)
         extractor = self.processor.feature_extractor
-        self._max_samples = int(extractor.n_samples)
-        self._hop = int(extractor.hop_length)
+        self._most = int(extractor.n_samples)
+        # three frames give the first token
+        self._fewest = 2 * int(extractor.hop_length) + 1
 
     def check_medium(self, medium: Medium) -> None:
         """Refuse sounds the feature extractor would cut off, and those too short for one token."""
         super().check_medium(medium)
-        if not isinstance(medium.data, Audio):
-            return
-        count, rate = len(medium.data.samples), self.sampling_rate
-        if medium.data.sampling_rate != rate:
-            raise TriptychError(
-                ErrorKind.STAGE_FAILED, f"{medium.param}: {medium.data.sampling_rate} Hz was not resampled to {rate} Hz"
-            )
-        if count > self._max_samples:
-            raise TriptychError(
-                ErrorKind.INVALID_MEDIA,
-                f"{medium.param}: this sound lasts {count / rate:.1f} s; the model takes at most "
-                f"{self._max_samples / rate:.0f} s",
-                medium.param,
-            )
-        if audio_rows(-(-count // self._hop)) < 1:
-            raise TriptychError(
-                ErrorKind.INVALID_MEDIA,
-                f"{medium.param}: this sound lasts {1000 * count / rate:.1f} ms; the model needs at least "
-                f"{1000 * (2 * self._hop + 1) / rate:.0f} ms",
-                medium.param,
-            )
+        check_sound(medium, self.sampling_rate, self._most, self._fewest)
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Sounds go in at the model's own rate."""

@@ -10,12 +10,25 @@ from .base import Family
 from .checkpoint import find_checkpoint
 
 _FAMILIES = {
+    "deepseek_vl": ("deepseek_vl", "DeepseekVL"),
+    "deepseek_vl_hybrid": ("deepseek_vl", "DeepseekVLHybrid"),
+    "dots_ocr": ("dots", "DotsOCR"),
+    "dots_vlm": ("dots", "DotsVLM"),
     "gemma3": ("gemma3", "Gemma3"),
     "gemma3_text": ("gemma3", "Gemma3Text"),
-    "qwen2_vl": ("qwen2_5_vl", "Qwen2VL"),
-    "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
+    "internvl": ("internvl", "InternVL"),
+    "janus": ("janus", "Janus"),
+    "lighton_ocr": ("mistral3", "LightOnOcr"),
+    "llava": ("llava", "Llava"),
+    "llava_next": ("llava_next", "LlavaNext"),
+    "llava_next_video": ("llava_next", "LlavaNextVideo"),
+    "llava_onevision": ("llava_onevision", "LlavaOnevision"),
+    "mistral3": ("mistral3", "Mistral3"),
     "qwen2_5_omni": ("qwen2_5_omni", "Qwen25Omni"),
     "qwen2_5_omni_thinker": ("qwen2_5_omni", "Qwen25Omni"),
+    "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
+    "qwen2_audio": ("qwen2_audio", "Qwen2Audio"),
+    "qwen2_vl": ("qwen2_5_vl", "Qwen2VL"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
 }
