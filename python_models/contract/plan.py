@@ -10,6 +10,22 @@ from .sampling import SamplingParams
 
 
 @dataclass(frozen=True)
+class CrossRows:
+    """Embedding rows that no token takes: the decoder's cross-attention layers read them (Llama 3.2 Vision).
+
+    Attributes:
+        rows: that the encoder gives.
+        visible: so many of them, the first ones, belong to the medium; the others are padding.
+        tokens: [start, end) of the tokens that see the medium; where the end is that of the prompt, generated tokens
+            see it too. A token that sees no medium of its prompt attends to all rows of all of them.
+    """
+
+    rows: int
+    visible: int
+    tokens: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class MediaItem:
     """One picture, video or sound of a prompt.
 
@@ -20,17 +36,25 @@ class MediaItem:
         spans: half-open token ranges [start, end) of ``input_ids`` that its embedding rows replace, in row order.
         encoder: the stage that computes its rows ("vision" or "audio"). Rows of all items of one encoder arrive
             concatenated in the order of ``Plan.items``.
+        cross: where its rows are read by cross-attention: then the tokens of ``spans`` only stand for it, and have
+            embeddings of their own.
     """
 
     modality: str
     digest: str
     spans: tuple[tuple[int, int], ...]
     encoder: str
+    cross: CrossRows | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it takes in the prompt."""
+        return sum(end - start for start, end in self.spans)
 
     @property
     def num_rows(self) -> int:
         """Embedding rows of this item."""
-        return sum(end - start for start, end in self.spans)
+        return self.num_tokens if self.cross is None else self.cross.rows
 
 
 @dataclass(frozen=True)
@@ -67,8 +91,12 @@ class Plan:
         """Inverse of :meth:`to_json`; the sender is our own ``preprocess``, so only sampling is validated again."""
         data = json.loads(text)
         data["items"] = tuple(
-            MediaItem(i["modality"], i["digest"], tuple((s, e) for s, e in i["spans"]), i["encoder"])
+            MediaItem(i["modality"], i["digest"], tuple((s, e) for s, e in i["spans"]), i["encoder"], _cross(i["cross"]))
             for i in data["items"]
         )
         data["sampling"] = SamplingParams.from_json(data["sampling"])
         return cls(**data)
+
+
+def _cross(data: dict[str, Any] | None) -> CrossRows | None:
+    return None if data is None else CrossRows(data["rows"], data["visible"], tuple(data["tokens"]))

@@ -48,7 +48,7 @@ class Answer:
         """Token counts of all choices so far; the prompt counts once."""
         rows = {"image": 0, "video": 0, "audio": 0}
         for item in self.prompt.items:
-            rows[item.modality] += item.num_rows
+            rows[item.modality] += item.num_tokens
         return Usage(
             prompt_tokens=len(self.prompt),
             cached_tokens=self.choices[0].num_cached,
