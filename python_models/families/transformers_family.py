@@ -183,17 +183,17 @@ class TransformersPreprocessor(ABC):
         for medium in media:
             modality = medium.modality
             tensors = features[modality][index[modality]]
-            rows = self.num_rows(modality, tensors)
+            rows, count = self.num_rows(modality, tensors), self.num_tokens(modality, tensors)
             token = self._tokens[modality]
-            own = places[token][used[token] : used[token] + rows]
-            if rows < 1 or len(own) != rows:
+            own = places[token][used[token] : used[token] + count]
+            if count < 1 or len(own) != count:
                 raise TriptychError(
                     ErrorKind.INVALID_MEDIA,
-                    f"{medium.param}: this {modality} gives {rows} tokens but the prompt has {len(own)} for it",
+                    f"{medium.param}: this {modality} gives {count} tokens but the prompt has {len(own)} for it",
                     medium.param,
                 )
             index[modality] += 1
-            used[token] += rows
+            used[token] += count
             # A video's frame rate decides its positions, and what was computed under this digest with them.
             rate = f"{medium.data.sampled_fps:.9g}" if isinstance(medium.data, Video) else ""
             variant = self.variant(modality, tensors)
