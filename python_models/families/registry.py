@@ -24,6 +24,7 @@ _FAMILIES = {
     "llava_next_video": ("llava_next", "LlavaNextVideo"),
     "llava_onevision": ("llava_onevision", "LlavaOnevision"),
     "mistral3": ("mistral3", "Mistral3"),
+    "mllama": ("mllama", "Mllama"),
     "qwen2_5_omni": ("qwen2_5_omni", "Qwen25Omni"),
     "qwen2_5_omni_thinker": ("qwen2_5_omni", "Qwen25Omni"),
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
