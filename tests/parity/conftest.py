@@ -230,6 +230,8 @@ class Parts:
         used = dict.fromkeys(rows, 0)
         places = []
         for item in prepared.items:
+            if item.cross is not None:
+                continue
             index = torch.cat([torch.arange(start, end) for start, end in item.spans])
             is_media[index] = True
             places.append((index, rows[item.encoder][used[item.encoder] : used[item.encoder] + item.num_rows]))
@@ -257,6 +259,8 @@ class Parts:
         if deep:
             in_prompt = torch.arange(len(embeddings))[None] < len(prepared.input_ids)
             extra = {"visual_pos_masks": in_prompt, "deepstack_visual_embeds": deep}
+        if any(item.cross is not None for item in prepared.items):
+            extra = self._across(prepared, len(embeddings))
         for name, later in self.decoder.token_extras.items():
             given = prepared.extras.get(name, later)
             values = given if isinstance(given, list) else [given] * len(prepared.input_ids)
@@ -271,6 +275,24 @@ class Parts:
         ).last_hidden_state
         out: torch.Tensor = self.decoder.lm_head(hidden[0])
         return out
+
+    def _across(self, prepared: Prepared, length: int) -> dict[str, torch.Tensor]:
+        """What transformers' cross-attention layers take."""
+        states = torch.cat(list(self.encode(prepared).values()))
+        seen = torch.zeros(length, len(states))
+        first = 0
+        for item in prepared.items:
+            assert item.cross is not None
+            start, end = item.cross.tokens
+            seen[start : length if end == len(prepared.input_ids) else end, first : first + item.cross.visible] = 1
+            first += item.cross.rows
+        any_seen = seen.any(-1, keepdim=True).float()
+        mask = (1 - seen) * torch.finfo(torch.float32).min * any_seen
+        return {
+            "cross_attention_states": states[None],
+            "cross_attention_mask": mask[None, None],
+            "full_text_row_masked_out_mask": any_seen[None, None],
+        }
 
     def _masks(self, prepared: Prepared, length: int) -> dict[str, torch.Tensor]:
         """Type of layer -> what its tokens see, bool [1, 1, length, length], where media attend both ways."""
@@ -325,7 +347,9 @@ AUDIO = ("audio", "two_audios")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each test that asks for ``parts`` runs for each family; if it asks for a ``case`` too, for each that fits it."""
+    """Each test that asks for ``parts`` runs for each family, and for each ``case``, ``modality`` (with text) or
+    ``medium_kind`` (without) that fits it where it asks for one.
+    """
     fixtures = metafunc._arg2fixturedefs.get("parts", ())
     if not fixtures or fixtures[-1].func.__module__ != __name__:
         return
@@ -338,6 +362,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if (builtin_checkpoint() / "config.json").is_file():
             names.append("builtin")
     modalities = {name: known[name].modalities if name in known else ("image", "video", "audio") for name in names}
+    for fixture, text in (("modality", ("text",)), ("medium_kind", ())):
+        if fixture in metafunc.fixturenames:
+            pairs = [(name, kind) for name in names for kind in (*text, *modalities[name])]
+            metafunc.parametrize(("parts", fixture), pairs, indirect=["parts"], scope="session")
+            return
     if "case" not in metafunc.fixturenames:
         # what needs no case needs a medium
         metafunc.parametrize("parts", [n for n in names if modalities[n]], indirect=True, scope="session")
