@@ -29,7 +29,8 @@ class FrameSampling:
     """How a family samples a video: n = clamp(round(duration * fps), min_frames, max_frames), then rounded down to a
     multiple of ``multiple`` (never below it), at evenly spaced indices (linspace) over the file's frames.
 
-    ``num_frames`` fixes n where it is set.
+    ``num_frames`` fixes n where it is set; ``fps_until`` gives videos up to so many seconds another fps, as pairs
+    (seconds, fps) in ascending order.
     """
 
     fps: float = 2.0
@@ -37,6 +38,7 @@ class FrameSampling:
     max_frames: int = 768
     multiple: int = 2
     num_frames: int | None = None
+    fps_until: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)

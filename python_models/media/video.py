@@ -62,7 +62,8 @@ def frame_indices(info: VideoInfo, sampling: FrameSampling, max_frames: int) -> 
     if sampling.num_frames is not None:
         count = sampling.num_frames
     else:
-        count = min(max(round(info.duration_s * sampling.fps), sampling.min_frames), sampling.max_frames)
+        fps = next((fps for seconds, fps in sampling.fps_until if info.duration_s <= seconds), sampling.fps)
+        count = min(max(round(info.duration_s * fps), sampling.min_frames), sampling.max_frames)
     count = min(count, max_frames)
     count = max(count - count % sampling.multiple, sampling.multiple)
     return [int(i) for i in np.linspace(0, info.total_frames - 1, count).round()]
