@@ -56,7 +56,10 @@ class HeadNorm:
 
 
 class AttentionContext(Protocol):
-    """The KV cache and the requests of one step, as a layer sees them."""
+    """The KV cache and the requests of one step, as a layer sees them.
+
+    What recurrent layers see of it is its attribute ``states``, a :class:`~.recurrent.StateContext`.
+    """
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
         """transformers' layers: store, then attend.

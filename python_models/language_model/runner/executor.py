@@ -14,6 +14,7 @@ from ...contract.errors import ErrorKind, TriptychError
 from .attention.modules import ATTENTION, register
 from .attention.plain import attention
 from .context import AttentionContext, HeadNorm, How, Rope
+from .recurrent import StateProbe, StateShape, attach
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,19 @@ class LayerShape:
     key: tuple[int, int]
     value: tuple[int, int]
     window: int | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the layer has keys and values at all."""
+        return self.key[0] > 0
+
+
+NOTHING = LayerShape((0, 1), (0, 1))
+"""Of a layer without attention."""
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+RECURRENT_LAYERS = frozenset({"linear_attention", "conv"})
+# of Nemotron-H, where a feed-forward network is a layer of its own
+_PLAIN_LAYERS = frozenset({"mlp", "moe"})
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,11 @@ class Executor(Protocol):
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
-        """What each layer keeps, in layer order."""
+        """What each layer keeps of each token, in layer order."""
+
+    @property
+    def states(self) -> Mapping[int, StateShape]:
+        """Recurrent layer -> what it keeps of a request."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,6 +139,7 @@ class ModulesExecutor:
         self._decoder = decoder
         model: Any = decoder.text_model
         model.set_attn_implementation(ATTENTION)
+        attach(model)
         probe = _Probe()
         device = next(model.parameters()).device
         with torch.inference_mode():
@@ -129,15 +148,27 @@ class ModulesExecutor:
             positions = torch.arange(2, device=device).expand(axes, 2)
             self.forward(self.embed(ids, torch.zeros_like(ids, dtype=torch.bool)), positions, probe, None)
         expected = int(decoder.config.num_hidden_layers)
-        if set(probe.layers) != set(range(expected)) or probe.calls != expected:
+        kinds = list(getattr(decoder.config, "layer_types", None) or ["full_attention"] * expected)[:expected]
+        attending = {layer for layer, kind in enumerate(kinds) if kind in _ATTENTION_LAYERS}
+        recurrent = {layer for layer, kind in enumerate(kinds) if kind in RECURRENT_LAYERS}
+        if set(probe.layers) != attending or probe.calls != len(attending) or set(probe.states.shapes) != recurrent:
             raise TriptychError(
                 ErrorKind.UNSUPPORTED,
-                f"{type(model).__name__} has {expected} layers, but {len(probe.layers)} of them keep keys and values "
-                "that can be paged; decoders with other state are not supported",
+                f"{type(model).__name__} has {len(attending)} layers with attention and {len(recurrent)} with a "
+                f"recurrent state, but {len(probe.layers)} keep keys and values that can be paged and "
+                f"{len(probe.states.shapes)} a state that is known; other state is not supported",
                 "model",
                 "language_model",
             )
-        self.layers = tuple(probe.layers[layer] for layer in range(expected))
+        if not attending:
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED,
+                f"{type(model).__name__} has no layer with attention, which the engine does not support yet",
+                "model",
+                "language_model",
+            )
+        self.layers = tuple(probe.layers.get(layer, NOTHING) for layer in range(expected))
+        self.states: Mapping[int, StateShape] = probe.states.shapes
         self.dtype = probe.dtype
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
@@ -210,6 +241,7 @@ class _Probe:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
+        self.states = StateProbe()
         self.calls = 0
         self.dtype = torch.float32
 
@@ -234,7 +266,7 @@ def refuse_unsupported(decoder: DecoderModel) -> None:
     config = decoder.config
     reason = None
     kinds = set(getattr(config, "layer_types", None) or ())
-    if other := kinds - {"full_attention", "sliding_attention"}:
+    if other := kinds - _ATTENTION_LAYERS - RECURRENT_LAYERS - _PLAIN_LAYERS:
         reason = f"layers of type {', '.join(sorted(map(str, other)))}"
     elif getattr(config, "num_kv_shared_layers", 0):
         reason = "layers that share keys and values"

@@ -40,6 +40,7 @@ class HostBatch:
         in_order: logit_rows are all tokens in their order.
         media_places: int64 [n], tokens that are media.
         media_rows: [n_i, H * (1 + k)] of each part.
+        slices: what it was made of.
     """
 
     matrix: Array
@@ -54,6 +55,7 @@ class HostBatch:
     in_order: bool
     media_places: Array | None
     media_rows: list[torch.Tensor]
+    slices: Sequence[Slice] = ()
 
     @property
     def tokens(self) -> Array:
@@ -199,6 +201,7 @@ class StepInputs:
             in_order=total == count == len(logit_rows) and order is None,
             media_places=places_of_media,
             media_rows=rows_of_media,
+            slices=ordered,
         )
 
     def upload(self, host: HostBatch) -> Batch:

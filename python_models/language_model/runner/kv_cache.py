@@ -14,10 +14,17 @@ _FP8_MAX = 448.0
 
 
 def group_layers(layers: Sequence[LayerShape], context_length: int) -> tuple[KVGroup, ...]:
-    """Layers that keep every token first, then one group for each window that is shorter than the context."""
-    windows = [None if s.window is None or s.window >= context_length else s.window for s in layers]
-    order = sorted(set(windows), key=lambda window: window or 0)
-    return tuple(KVGroup(tuple(i for i, w in enumerate(windows) if w == window), window) for window in order)
+    """Layers that keep every token first, then one group for each window that is shorter than the context.
+
+    Layers that keep nothing are in no group.
+    """
+    windows = {
+        layer: None if shape.window is None or shape.window >= context_length else shape.window
+        for layer, shape in enumerate(layers)
+        if shape.keeps
+    }
+    order = sorted(set(windows.values()), key=lambda window: window or 0)
+    return tuple(KVGroup(tuple(i for i, w in windows.items() if w == window), window) for window in order)
 
 
 class KVCache:
@@ -30,7 +37,7 @@ class KVCache:
 
     Attributes:
         groups: layers that share a block table.
-        group_of: index of each layer's group.
+        group_of: index of each layer's group; -1 for layers that keep nothing.
         num_blocks: blocks of each group, without the last one.
         pages: keys and values of each layer.
         scale: what is stored is the value divided by this.
@@ -52,10 +59,10 @@ class KVCache:
         self.quantised = dtype == FP8
         self.scale = 1.0
         of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
-        self.group_of = tuple(of[layer] for layer in range(len(layers)))
+        self.group_of = tuple(of.get(layer, -1) for layer in range(len(layers)))
         self.pages: list[tuple[torch.Tensor, torch.Tensor]] = []
         for layer, shape in enumerate(layers):
-            count = self.num_blocks[self.group_of[layer]] + 1
+            count = self.num_blocks[self.group_of[layer]] + 1 if shape.keeps else 0
             keys, values = (
                 # bytes of zeros are zeros of every dtype; not every one can be made directly
                 torch.zeros(count, heads, block_size, width * dtype.itemsize, dtype=torch.uint8, device=device)

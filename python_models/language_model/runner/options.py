@@ -20,6 +20,7 @@ class RunnerOptions:
             such steps are padded in the same way and computed eagerly.
         spans: prompts have runs of tokens that attend both ways.
         window_groups: layers with a sliding window have blocks of their own, and old ones can be given back.
+        saved_states: states of recurrent layers that are kept for requests that begin alike.
     """
 
     attention_backend: str = "auto"
@@ -28,6 +29,7 @@ class RunnerOptions:
     graph_batch: int = 0
     spans: bool = False
     window_groups: bool = True
+    saved_states: int = 0
 
     @classmethod
     def of(cls, settings: Settings, context_length: int, device: str, *, spans: bool = False) -> RunnerOptions:

@@ -15,6 +15,7 @@ from .graphs import GraphRunner, refuse_uncapturable
 from .inputs import Batch, HostBatch, StepInputs
 from .kv_cache import FP8, KVCache, group_layers
 from .options import RunnerOptions
+from .recurrent import StatePool, StateStep
 from .step import KVGroup, Slice
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,10 @@ class DecoderRunner:
             num_axes: of position ids, token extras included.
             block_size: tokens of a KV block.
             device, options: where and how it runs.
-            num_slots: rows of ``last_tokens``.
+            num_slots: rows of ``last_tokens``, and states of recurrent layers.
+
+        Raises:
+            TriptychError: there is no memory for the states.
         """
         self._executor = executor
         self._axes = num_axes
@@ -53,10 +57,22 @@ class DecoderRunner:
         self._options = options = options or RunnerOptions()
         self._backend_name = resolve(options.attention_backend, device)
         self._dtype = FP8 if options.kv_cache_dtype == "fp8" else executor.dtype
-        if options.window_groups:
+        # a state that is lost is computed again from the first token on, for which no block may be missing
+        if options.window_groups and not executor.states:
             self._groups = group_layers(executor.layers, options.context_length)
         else:
-            self._groups = (KVGroup(tuple(range(len(executor.layers)))),)
+            self._groups = (KVGroup(tuple(i for i, shape in enumerate(executor.layers) if shape.keeps)),)
+        self._states: StatePool | None = None
+        if executor.states:
+            self._states = StatePool(executor.states, num_slots, options.saved_states, device)
+            logger.info(
+                "recurrent state of %d layers: %d requests and %d saved prefixes, %.0f MiB on %s",
+                len(executor.states),
+                num_slots,
+                options.saved_states,
+                self._states.nbytes / 2**20,
+                device,
+            )
         with torch.inference_mode():
             nothing = torch.zeros(1, dtype=torch.int64, device=device)
             self._example = executor.logits(executor.embed(nothing, nothing > 0))
@@ -75,6 +91,11 @@ class DecoderRunner:
     def kv_groups(self) -> tuple[KVGroup, ...]:
         """See :class:`~.step.Runner`."""
         return self._groups
+
+    @property
+    def saved_states(self) -> int | None:
+        """States of recurrent layers that it can save; None where the decoder has no such layers."""
+        return None if self._states is None else self._states.num_saved
 
     @property
     def last_tokens(self) -> torch.Tensor:
@@ -128,6 +149,9 @@ class DecoderRunner:
             with torch.inference_mode():
                 self._rehearse(cache, inputs, longest)
         if not self._options.graph_batch:
+            return
+        if self._states is not None:
+            logger.info("decode steps are launched one kernel at a time: graphs do not hold recurrent state")
             return
         if cache.device.type == "cuda":
             refuse_uncapturable(backend, self._backend_name)
@@ -188,6 +212,8 @@ class DecoderRunner:
             embeddings, deepstack = _splice(embeddings, batch.media_places, batch.host)
         context = backend(cache, batch)
         context.rehearsing = rehearsing
+        if self._states is not None:
+            context.states = StateStep(self._states, batch.host.slices, batch.num_singles)
         hidden = executor.forward(embeddings, batch.position_ids, context, deepstack)
         if batch.logit_rows is not None:
             if not len(batch.logit_rows):

@@ -55,6 +55,9 @@ class Slice:
         media: rows for placeholders in this slice, positions counted from its first token.
         spans: [start, end) of bidirectional attention, counted from the slice's first token; never cut by a slice.
         num_logits: logits of that many last tokens are wanted: 0 inside a prompt, 1, or 1 + drafts.
+        load: saved state of recurrent layers that the request begins with, in its first slice behind a prefix that
+            is not computed again; else -1: with the state in its slot, or with none where start is 0.
+        saves: (tokens of the slice, number): the states after that many tokens are saved there; ascending.
     """
 
     token_ids: NDArray[np.int64]
@@ -66,6 +69,8 @@ class Slice:
     media: tuple[MediaRows, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
     num_logits: int = 1
+    load: int = -1
+    saves: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])

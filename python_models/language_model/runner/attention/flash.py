@@ -30,7 +30,7 @@ class FlashStep(PagedStep):
             reason = f"its block size must be a multiple of {_BLOCK_MULTIPLE}, not {cache.block_size} (--block-size)"
         elif cache.quantised:
             reason = "it does not read an fp8 KV cache"
-        elif any(shape.key != shape.value or shape.key[1] > _WIDEST_HEAD for shape in layers):
+        elif any(shape.key != shape.value or shape.key[1] > _WIDEST_HEAD for shape in layers if shape.keeps):
             reason = f"it needs keys and values of one width, at most {_WIDEST_HEAD}"
         if reason is not None:
             raise _unsupported(reason)

@@ -12,6 +12,7 @@ from triptych.kernels import rope as rope_kernels
 from ..context import HeadNorm, How, Rope
 from ..inputs import Batch
 from ..kv_cache import KVCache
+from ..recurrent import StateContext
 
 
 class PagedStep(ABC):
@@ -20,6 +21,7 @@ class PagedStep(ABC):
     Attributes:
         layer: the layer that came last, for messages.
         rehearsing: each layer also compiles what other batches will need.
+        states: of recurrent layers, for decoders that have some.
     """
 
     capturable: ClassVar[bool] = True
@@ -30,6 +32,7 @@ class PagedStep(ABC):
         self.batch = batch
         self.layer = -1
         self.rehearsing = False
+        self.states: StateContext | None = None
         self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ....families.base import WeightSource
-from ..executor import DecoderModel
+from ..executor import RECURRENT_LAYERS, DecoderModel
 from .decoder import FusedDecoder
 from .rehearsal import RandomDecoder, draw, small_copy
 from .shard import Collectives, Shard
@@ -41,6 +41,8 @@ def build(
     """
     if decoder.token_extras:
         return f"its layers need {', '.join(decoder.token_extras)} of each token"
+    if recurrent := set(getattr(decoder.config, "layer_types", None) or ()) & RECURRENT_LAYERS:
+        return f"it has layers of type {', '.join(sorted(recurrent))}"
     shard = shard or Shard()
     modules = ModuleSource(decoder.text_model, decoder.lm_head)
     try:

@@ -13,6 +13,7 @@ from .....kernels.norm import rms_norm
 from .....kernels.rope import rope_table
 from ..context import AttentionContext, Rope
 from ..executor import Deepstack, LayerShape
+from ..recurrent import StateShape
 from .shard import Alone, Collectives, Shard
 from .spec import DecoderSpec, RopeSpec
 from .weights import Layer, Linear, Mlp, Moe
@@ -59,6 +60,7 @@ class FusedDecoder:
         self.device = device
         self.dtype = table.dtype
         self.layers = tuple(_shape(layer) for layer in self._layers)
+        self.states: Mapping[int, StateShape] = {}
 
     @property
     def spec(self) -> DecoderSpec:
