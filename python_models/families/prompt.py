@@ -4,6 +4,10 @@ Whatever a caller writes is plain characters, even ``<|im_end|>`` or an image pl
 in a text is replaced, before the chat template sees it, by a stand-in: an added token with a name nobody can guess.
 After tokenising, the stand-in's id is replaced by the ids of the literal characters. A text without special tokens
 takes the path of transformers unchanged.
+
+A family may name control tokens: special tokens that its published prompts are written with, such as
+``<|grounding|>``. Those keep their meaning wherever a caller writes them. They never are a token that begins or ends
+a turn, or stands for a medium.
 """
 
 from __future__ import annotations
@@ -39,8 +43,13 @@ class Prompt:
 class PromptWriter:
     """Applies a checkpoint's chat template. Thread-safe after construction."""
 
-    def __init__(self, processor: Any, name: str) -> None:
-        """Args: the checkpoint's processor, whose tokenizer gets the stand-ins; ``name`` of the checkpoint.
+    def __init__(self, processor: Any, name: str, control: frozenset[str] = frozenset()) -> None:
+        """Read the template.
+
+        Args:
+            processor: the checkpoint's, whose tokenizer gets the stand-ins.
+            name: of the checkpoint.
+            control: special tokens that keep their meaning in the texts of a request.
 
         Raises:
             TriptychError: UNSUPPORTED where the checkpoint has no chat template or no fast tokenizer.
@@ -64,7 +73,7 @@ class PromptWriter:
         added = dict(tokenizer.added_tokens_decoder)
         special = {token.content for token in added.values() if token.special}
         special |= {getattr(processor, f"{m}_token", None) or "" for m in ("image", "video", "audio")}
-        pattern = "|".join(re.escape(s) for s in sorted(special - {""}, key=len, reverse=True))
+        pattern = "|".join(re.escape(s) for s in sorted(special - control - {""}, key=len, reverse=True))
         self._special = re.compile(pattern or r"(?!)")
         self._plain = _plain_tokenizer(tokenizer)
         self._added_ids = frozenset(added)

@@ -41,6 +41,8 @@ class TransformersPreprocessor(ABC):
 
     default_sampling: ClassVar[FrameSampling] = FrameSampling()
     """Of videos, where the checkpoint's processor does not say."""
+    control_tokens: ClassVar[frozenset[str]] = frozenset()
+    """Special tokens that callers may write in their texts (see :mod:`.prompt`)."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
         """Args: the checkpoint; options; its model on the meta device; modality -> encoder that takes it."""
@@ -52,7 +54,7 @@ class TransformersPreprocessor(ABC):
         self.model = model
         self.base = self.model.base_model
         self.config = self.model.config
-        self.prompt = PromptWriter(self.processor, str(checkpoint.folder))
+        self.prompt = PromptWriter(self.processor, str(checkpoint.folder), self.control_tokens)
         self.frame_sampling = _frame_sampling(
             getattr(self.processor, "video_processor", None), settings, self.default_sampling
         )
@@ -304,6 +306,10 @@ class TransformersFamily(ABC):
         """The configuration of that class; a published format translates its own."""
         return self.load_class().config_class.from_pretrained(self.checkpoint.folder)
 
+    def load_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return load_auto("AutoTokenizer", "tokenizer", self.checkpoint.folder, self.settings)
+
     def load_preprocessor(self) -> TransformersPreprocessor:
         """See :meth:`.base.Family.load_preprocessor`."""
         model = meta_model(self.load_class(), self.load_config())
@@ -351,7 +357,7 @@ class TransformersFamily(ABC):
         return decoder, SafetensorsSource(model, folder, text, device, dtype, progress=progress)
 
     def _decoder(self, model: Any, embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Decoder:
-        tokenizer = load_auto("AutoTokenizer", "tokenizer", self.checkpoint.folder, self.settings)
+        tokenizer = self.load_tokenizer()
         return Decoder(
             text_model=model.get_decoder(),
             lm_head=model.lm_head,
