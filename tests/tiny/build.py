@@ -33,7 +33,9 @@ def modules() -> list[ModuleType]:
         spec = importlib.util.spec_from_file_location("tiny", place, submodule_search_locations=[str(HERE)])
         assert spec is not None
         sys.modules["tiny"] = importlib.util.module_from_spec(spec)
-    names = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("__init__", "build", "common"))
+    names = sorted(
+        path.stem for path in HERE.glob("*.py") if path.stem not in ("__init__", "build", "common", "reference")
+    )
     return [importlib.import_module(f"tiny.{name}") for name in names]
 
 
