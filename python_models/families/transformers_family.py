@@ -330,9 +330,14 @@ class TransformersFamily(ABC):
                 use_packed_attention(model.base_model.get_submodule(name))
         return self.encoder_classes[encoder](model, device, dtype)
 
+    def decoder_parts(self, model: Any) -> list[str]:
+        """Dotted paths of the modules that the language model needs."""
+        # Where the text model lives differs from one version of transformers to the next.
+        return ["lm_head", _path_of(model, model.get_decoder())]
+
     def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
         """See :meth:`.base.Family.load_decoder`."""
-        model = self._load(_keep_decoder, "language model", device, dtype)
+        model = self._load(self.decoder_parts, "language model", device, dtype)
         table = model.get_input_embeddings()
 
         def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
@@ -344,7 +349,7 @@ class TransformersFamily(ABC):
 
     def open_decoder(self, device: str, dtype: torch.dtype, *, progress: bool) -> tuple[Decoder, WeightSource]:
         """See :meth:`.base.Family.open_decoder`."""
-        model = outline(self.load_class(), self.load_config(), _keep_decoder, dtype)
+        model = outline(self.load_class(), self.load_config(), self.decoder_parts, dtype)
         text = _path_of(model, model.get_decoder())
 
         def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
@@ -382,11 +387,6 @@ class TransformersFamily(ABC):
             dtype=dtype,
             dummy=self.settings.load_format == "dummy",
         )
-
-
-def _keep_decoder(model: Any) -> list[str]:
-    # Where the text model lives differs from one version of transformers to the next.
-    return ["lm_head", _path_of(model, model.get_decoder())]
 
 
 def _path_of(model: Any, wanted: Any) -> str:
