@@ -15,7 +15,7 @@ from ..families.checkpoint import find_checkpoint
 from ..families.loading import stage_dtype
 from ..families.registry import load_family
 from .runner import fused
-from .runner.executor import Executor, make_executor
+from .runner.executor import Executor, make_executor, token_axes
 from .runner.options import RunnerOptions
 from .runner.parallel.member import Member, Recipe
 from .runner.parallel.runner import ParallelRunner
@@ -123,9 +123,7 @@ def _on_device(settings: Settings, decoder: Decoder, executor: Executor, device:
     length, spans = context_length(settings, decoder), bool(decoder.bidirectional)
     options = RunnerOptions.of(settings, length, device, spans=spans)
     slots = settings.max_running_requests
-    # token extras go the way of positions
-    axes = decoder.num_axes + len(decoder.token_extras)
-    return DecoderRunner(executor, axes, settings.block_size, device, options, slots)
+    return DecoderRunner(executor, token_axes(decoder), settings.block_size, device, options, slots)
 
 
 def _parallel(

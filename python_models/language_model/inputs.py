@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.plan import MediaItem, Plan
 from .engine.request import Prompt
+from .runner.rope import RopeSwitch
 from .runner.step import MediaRows
 
 STAGE = "language_model"
@@ -47,6 +48,7 @@ def read_prompt(
     vocab_size: int,
     bidirectional: frozenset[str] = frozenset(),
     token_extras: Mapping[str, int | None] = _NOTHING,
+    rope_switch: RopeSwitch | None = None,
 ) -> Prompt:
     """Token ids, positions and embedding rows, checked against each other.
 
@@ -57,6 +59,7 @@ def read_prompt(
         hidden_size: columns of the token embeddings.
         vocab_size: tokens that have an embedding.
         bidirectional, token_extras: see :class:`~..families.base.Decoder`.
+        rope_switch: of the decoder.
 
     Raises:
         TriptychError: STAGE_FAILED, saying which of them do not fit together.
@@ -90,7 +93,15 @@ def read_prompt(
         )
     spans = sorted(span for item in plan.items if item.modality in bidirectional for span in item.spans)
     position_ids, generated = _with_extras(position_ids, plan.extras, token_extras)
-    return Prompt(token_ids, position_ids, plan.rope_delta, plan.items, tuple(media), tuple(spans), generated)
+    switch_at = None
+    if rope_switch is not None:
+        long = int(length > rope_switch.length)
+        position_ids = np.concatenate([position_ids, np.full((1, length), long)])
+        generated = (*generated, long)
+        if rope_switch.recompute and not long:
+            switch_at = rope_switch.length
+    rows = tuple(media)
+    return Prompt(token_ids, position_ids, plan.rope_delta, plan.items, rows, tuple(spans), generated, switch_at)
 
 
 def _with_extras(

@@ -19,6 +19,7 @@ from .engine.config import EngineConfig
 from .engine.engine import Engine, Submission
 from .inputs import names, read_plan, read_prompt
 from .runner.parallel.runner import ParallelRunner
+from .runner.rope import RopeSwitch
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class LanguageModelStage(Stage):
         self._num_axes = decoder.num_axes
         self._bidirectional = decoder.bidirectional
         self._token_extras = decoder.token_extras
+        self._rope_switch = RopeSwitch.of(decoder.config)
         self._hidden_size = int(decoder.config.hidden_size)
         self._vocab_size = int(decoder.config.vocab_size)
         config = EngineConfig(
@@ -92,6 +94,7 @@ class LanguageModelStage(Stage):
                 self._vocab_size,
                 self._bidirectional,
                 self._token_extras,
+                self._rope_switch,
             )
             for media in prompt.media:
                 # the server falls back to host memory without a word when its CUDA pool is full

@@ -299,6 +299,24 @@ _COMMON = {
 }
 
 
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 4.0, 4.0, 4.0],
+    "original_max_position_embeddings": 32,
+    "factor": 16.0,
+}
+_ROPES = {
+    "phi3_longrope": (transformers.Phi3ForCausalLM, transformers.Phi3Config, _LONGROPE),
+    "llama_longrope": (transformers.LlamaForCausalLM, transformers.LlamaConfig, _LONGROPE),
+    "llama_dynamic": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        {"rope_type": "dynamic", "factor": 2.0},
+    ),
+}
+
+
 def _build(kind: str) -> Any:
     if kind == "qwen2":
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_COMMON))
@@ -316,6 +334,13 @@ def _build(kind: str) -> Any:
         # sinks, sliding windows, experts
         config = transformers.GptOssConfig(**_COMMON, sliding_window=9, num_local_experts=4, num_experts_per_tok=2)
         model = transformers.GptOssForCausalLM._from_config(config, attn_implementation="eager")
+    elif kind in _ROPES:
+        # requests of more than 32 tokens have other frequencies, or with "dynamic" of more than 512
+        cls, config_cls, rope = _ROPES[kind]
+        config = config_cls(**_COMMON, rope_parameters={"rope_theta": 1e4, **rope})
+        # the default of Phi-3's
+        config.original_max_position_embeddings = 32
+        model = cls(config)
     elif kind == "qwen3_vl":
         # rows that deeper layers add
         text = {**_COMMON, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}

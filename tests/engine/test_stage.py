@@ -187,8 +187,8 @@ def test_numpy_and_torch_and_half_precision_embeddings(make_tiny):
         ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "linear_attention"),
         ({"num_kv_shared_layers": 1}, "share keys and values"),
         ({"use_bidirectional_attention": True}, "bidirectional attention over text"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "dynamic"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "longrope for one type of layers"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "dynamic for one type of layers"),
         ({"num_hidden_layers": 4}, "4 layers, but 3"),
     ],
 )

@@ -29,12 +29,14 @@ class Prompt:
 
     Attributes:
         token_ids: int64 [L].
-        position_ids: int64 [axes, L]; behind the axes of positions one for each of the decoder's token extras.
+        position_ids: int64 [axes, L]; behind the axes of positions those of :func:`~..runner.executor.token_axes`.
         rope_delta: position of generated token number k is L + rope_delta + k on every axis of positions.
         items: the media, for usage and for the keys of the prefix cache.
         media: rows of each encoder.
         spans: [start, end) of bidirectional attention, ascending, apart from each other.
-        generated: what token extras are for generated tokens.
+        generated: what the axes that are no positions are for generated tokens.
+        switch_at: a request of more tokens is computed anew with 1 on the last axis, see :class:`~..runner.rope`;
+            None where there is no such switch ahead.
     """
 
     token_ids: NDArray[np.int64]
@@ -44,6 +46,7 @@ class Prompt:
     media: tuple[MediaRows, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
     generated: tuple[int, ...] = ()
+    switch_at: int | None = None
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
@@ -157,9 +160,12 @@ class Request:
     publish_at: int = _NEVER
     """Computed tokens at which the next block is full."""
     done: bool = False
+    switch_at: int = _NEVER
+    """See :attr:`Prompt.switch_at`."""
 
     _ids: NDArray[np.int64] = field(init=False)
     _positions: NDArray[np.int64] = field(init=False)
+    _generated: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_prompt = self.num_tokens = self.num_known = len(self.prompt)
@@ -167,6 +173,9 @@ class Request:
         self.tables = tuple(BlockTable() for _ in range(self.num_groups))
         self._ids = self.prompt.token_ids
         self._positions = self.prompt.position_ids
+        self._generated = self.prompt.generated
+        if self.prompt.switch_at is not None:
+            self.switch_at = self.prompt.switch_at
 
     @property
     def num_output(self) -> int:
@@ -197,6 +206,15 @@ class Request:
         self.num_known += 1
         if self.speculation is not None:
             self.speculation.append(token_id)
+
+    def switch(self) -> None:
+        """Go over to what is beyond :attr:`switch_at`; what is computed of it before is of no use any more."""
+        self.switch_at = _NEVER
+        # the prompt's belong to all its choices
+        self._positions = self._positions.copy()
+        self._positions[-1] = 1
+        self._generated = (*self._generated[:-1], 1)
+        self.keys.clear()
 
     def cut(self, end: int) -> int:
         """The largest place up to ``end`` that is in the middle of no span."""
@@ -256,7 +274,7 @@ class Request:
         positions = np.empty((self._positions.shape[0], size), dtype=np.int64)
         positions[:, :have] = self._positions
         positions[:, have:] = np.arange(have, size) + self.prompt.rope_delta
-        if generated := self.prompt.generated:
+        if generated := self._generated:
             positions[-len(generated) :, have:] = np.array(generated)[:, None]
         self._ids, self._positions = ids, positions
 

@@ -111,6 +111,9 @@ class Scheduler:
             if request.slot < 0 or request.num_tokens >= request.limit:
                 # preempted a moment ago, or its last token is on its way
                 continue
+            if request.num_tokens > request.switch_at:
+                self._move_back(request)
+                continue
             if pending > 1:
                 prompts.append(request)
                 continue
@@ -236,6 +239,7 @@ class Scheduler:
             if speculation is None or request not in counts or budget < 1:
                 continue
             most = min(budget, request.speculative_tokens, request.limit - request.num_tokens - 1)
+            most = min(most, request.switch_at - request.num_tokens)
             draft = speculation.propose(most)
             if draft and request.num_scheduled + 1 + len(draft) > request.room:
                 granted = self._extend(request, 2, 1 + len(draft))
@@ -296,6 +300,8 @@ class Scheduler:
         In groups with a window it gets only what the cache has; the rest must be free for its first step, unless it
         had a place before (``again``).
         """
+        if request.num_tokens > request.switch_at:
+            request.switch()
         # the newest token is always computed: its logits are needed
         keys = request.block_keys(request.num_tokens - 1) if request.cacheable else ()
         hit = self._match(request, keys)
@@ -388,11 +394,15 @@ class Scheduler:
         return count
 
     def _preempt(self, victim: Request, counts: dict[Request, int]) -> None:
-        self.running.remove(victim)
-        self._unseat(victim)
+        self._move_back(victim)
         counts.pop(victim, None)
-        bisect.insort(self.waiting, victim, key=_rank)
         self._preempted.append(victim)
+
+    def _move_back(self, request: Request) -> None:
+        """From running to waiting."""
+        self.running.remove(request)
+        self._unseat(request)
+        bisect.insort(self.waiting, request, key=_rank)
 
     def _unseat(self, request: Request) -> None:
         for pool, table in zip(self.pools, request.tables, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...contract.errors import ErrorKind, TriptychError
+from . import rope
 from .attention.modules import ATTENTION, register
 from .attention.plain import attention
 from .context import AttentionContext, HeadNorm, How, Rope
@@ -89,7 +90,7 @@ class Executor(Protocol):
 
         Args:
             embeddings: [T, H].
-            position_ids: int64 [axes, T]; the decoder's token extras are axes too, the last ones.
+            position_ids: int64 [axes, T]; see :func:`token_axes` for those that are no positions.
             context: the step.
             deepstack: None where no rows are added.
         """
@@ -137,6 +138,7 @@ class ModulesExecutor:
         refuse_unsupported(decoder)
         register()
         self._decoder = decoder
+        self._rope = rope.by_request(decoder.text_model, decoder.config)
         model: Any = decoder.text_model
         model.set_attn_implementation(ATTENTION)
         attach(model)
@@ -144,8 +146,7 @@ class ModulesExecutor:
         device = next(model.parameters()).device
         with torch.inference_mode():
             ids = torch.zeros(2, dtype=torch.int64, device=device)
-            axes = decoder.num_axes + len(decoder.token_extras)
-            positions = torch.arange(2, device=device).expand(axes, 2)
+            positions = torch.arange(2, device=device).expand(token_axes(decoder), 2)
             self.forward(self.embed(ids, torch.zeros_like(ids, dtype=torch.bool)), positions, probe, None)
         expected = int(decoder.config.num_hidden_layers)
         kinds = list(getattr(decoder.config, "layer_types", None) or ["full_attention"] * expected)[:expected]
@@ -189,10 +190,14 @@ class ModulesExecutor:
             mask[0, deepstack.places] = True
             extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(deepstack.rows)}
         axes = self._decoder.num_axes
-        extra |= {name: row[None] for name, row in zip(self._decoder.token_extras, position_ids[axes:], strict=True)}
+        positions, others = position_ids[:axes], position_ids[axes:]
+        if self._rope is not None:
+            self._rope.choose(positions, others[-1])
+            others = others[:-1]
+        extra |= {name: row[None] for name, row in zip(self._decoder.token_extras, others, strict=True)}
         output = self._decoder.text_model(
             inputs_embeds=embeddings[None],
-            position_ids=position_ids[:axes, None] if axes > 1 else position_ids[:1],
+            position_ids=positions[:, None] if axes > 1 else positions,
             attention_mask=None,
             use_cache=False,
             context=context,
@@ -205,6 +210,16 @@ class ModulesExecutor:
         """See :class:`Executor`."""
         out: torch.Tensor = self._decoder.lm_head(hidden)
         return out
+
+
+def token_axes(decoder: DecoderModel) -> int:
+    """Axes of position ids with everything that the decoder needs to know of a token beside.
+
+    Those are its token extras and, where rotary frequencies have a switch, whether the token's request takes the long
+    ones (1) or the short ones (0).
+    """
+    switch = rope.RopeSwitch.of(decoder.config)
+    return decoder.num_axes + len(decoder.token_extras) + (switch is not None)
 
 
 def make_executor(decoder: DecoderModel, backend: str) -> Executor:
@@ -276,12 +291,7 @@ def refuse_unsupported(decoder: DecoderModel) -> None:
         # Gemma 3's embedding models
         reason = "bidirectional attention over text"
     else:
-        rope = getattr(config, "rope_parameters", None) or {}
-        # one set of parameters, or one for each type of layer
-        kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
-        # transformers picks their frequencies by the longest position of the batch, which here holds many requests
-        if varying := kinds & {"dynamic", "longrope"}:
-            reason = f"rope_type {', '.join(sorted(varying))}"
+        reason = rope.refusal(decoder.text_model, config, decoder.num_axes)
     if reason is not None:
         raise TriptychError(
             ErrorKind.UNSUPPORTED,

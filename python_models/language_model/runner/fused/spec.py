@@ -265,8 +265,8 @@ def _ropes(rotary: Any, config: Any, rules: Rules, num_axes: int) -> dict[str, R
             rotary = type(rotary)(config)
     found = {}
     for key, kind in kinds.items():
-        # transformers picks their frequencies by the longest position of the batch, which here holds many requests
-        if kind in ("dynamic", "longrope"):
+        # the other one that depends on lengths, dynamic, changes nothing up to the longest request
+        if kind == "longrope":
             raise UnfitError(f"rope_type {kind}")
         prefix = f"{key}_" if key else ""
         inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().float()
