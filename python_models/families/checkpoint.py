@@ -12,8 +12,9 @@ from ..contract.errors import ErrorKind, TriptychError
 from ..contract.settings import Settings
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Everything that configuration, processors and safetensors weights may be stored in; no pickles, no images.
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+# Everything that configuration, processors and safetensors weights may be stored in; no pickles, no images. ERNIE's
+# video processor draws with a font.
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.ttf"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 

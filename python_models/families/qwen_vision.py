@@ -29,7 +29,7 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
         super().__init__(checkpoint, settings, model, encoders)
-        self._processors = {"image": self.processor.image_processor, "video": self.processor.video_processor}
+        self._processors = {m: getattr(self.processor, f"{m}_processor") for m in _NAMES if m in encoders}
         self._normalisation = {m: normalisation(p, m) for m, p in self._processors.items()}
         check_bytes(self.processor.image_processor)
 
@@ -61,7 +61,7 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
             processor = self._processors[modality]
             mean, std = self._normalisation[modality]
             patches = batch[pixels]
-            patches = patches.reshape(len(patches), len(mean), processor.temporal_patch_size, processor.patch_size**2)
+            patches = patches.reshape(len(patches), len(mean), -1, processor.patch_size**2)
             if modality == "image":
                 # The same picture for every frame of the patch.
                 patches = patches[:, :, :1]
@@ -101,7 +101,8 @@ class QwenVisionEncoder(TransformersEncoder):
             self.to_device(item.tensors["patches"]),
             self.to_device(item.tensors["mean"]),
             self.to_device(item.tensors["std"]),
-            self.config.vision_config.temporal_patch_size,
+            # towers whose patches are of one frame have no such option
+            getattr(self.config.vision_config, "temporal_patch_size", 1),
             self.dtype,
         )
 

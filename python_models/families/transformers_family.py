@@ -112,11 +112,15 @@ class TransformersPreprocessor(ABC):
         """What ``get_rope_index`` needs beside token ids and types; names it does not take are ignored."""
         return {}
 
-    def token_extras(self, batch: Mapping[str, Any], types: NDArray[np.int32]) -> dict[str, int | list[int]]:
+    def token_extras(
+        self, ids: NDArray[np.int32], batch: Mapping[str, Any], types: NDArray[np.int32]
+    ) -> dict[str, int | list[int]]:
         """What the family's decoder needs to know of the prompt's tokens, see ``Plan.extras``.
 
         Args:
-            batch: the processor's outputs.
+            ids: int32 [L], of the prompt.
+            batch: the processor's outputs; its token ids are those before special tokens typed by a user are written
+                out, so there may be fewer.
             types: int32 [L], `TOKEN_TYPES` of each token, 0 for text.
         """
         return {}
@@ -137,7 +141,7 @@ class TransformersPreprocessor(ABC):
             for start, end in item.spans:
                 types[start:end] = TOKEN_TYPES[item.modality]
         position_ids, delta = self._positions(ids, types, self.position_arguments(batch, features, grouped))
-        extras = self.token_extras(batch, types)
+        extras = self.token_extras(ids, batch, types)
         return Prepared(ids, position_ids, delta, items, encoder_items, extras)
 
     def _process(
