@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo serve test test-gpu lint format check repository clean
+.PHONY: help demo serve test parity test-gpu lint format check repository clean
 help:                 ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -24,6 +24,9 @@ serve: $(INSTALLED)   ## serve MODEL (default: the built-in one) on port 30000; 
 
 test: $(INSTALLED)    ## all tests that need no GPU
 	@$(BIN)/python -m pytest $(ARGS)
+
+parity: $(INSTALLED)  ## every model family beside transformers' generate, in process and served (an hour)
+	@$(BIN)/python -m pytest tests/parity --families all $(ARGS)
 
 test-gpu: $(INSTALLED)  ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

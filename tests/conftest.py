@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +24,46 @@ if not Path("/dev/nvidiactl").exists() or os.environ.get("CUDA_VISIBLE_DEVICES")
 def pytest_configure(config: Any) -> None:
     """``config.tiny_builder()`` gives tests/tiny/build.py where there are no fixtures yet."""
     config.tiny_builder = _tiny_builder
+    if path := config.getoption("--report"):
+        config.pluginmanager.register(_Report(Path(path)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--families a,b``: for which the parity tests run; those marked quick where it is not given."""
+    """Of the parity tests: for which families they run (those marked quick where it is not given), and their report."""
     parser.addoption("--families", default="", help="names of tests/tiny, comma-separated, or all")
+    parser.addoption("--report", default="", metavar="FILE", help="write how the parity tests ended to this JSON file")
+
+
+class _Report:
+    """How each parity test ended: what docs/models.md is made from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.parameters: dict[str, tuple[str, str]] = {}
+        self.outcomes: dict[tuple[str, str, str], str] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            given = getattr(getattr(item, "callspec", None), "params", {})
+            if "parts" in given:
+                detail = next((str(given[name]) for name in ("case", "modality", "medium_kind") if name in given), "")
+                self.parameters[item.nodeid] = given["parts"], detail
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.nodeid not in self.parameters or (report.when != "call" and report.passed):
+            return
+        family, detail = self.parameters[report.nodeid]
+        place, _, name = report.nodeid.partition("[")[0].rpartition("::")
+        key = family, f"{Path(place).stem}.{name}", detail
+        if self.outcomes.get(key, "passed") in ("passed", "skipped"):
+            self.outcomes[key] = report.outcome
+
+    def pytest_sessionfinish(self) -> None:
+        rows = [
+            {"family": family, "test": test, "detail": detail, "outcome": outcome}
+            for (family, test, detail), outcome in sorted(self.outcomes.items())
+        ]
+        self.path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -344,6 +344,8 @@ TEXT = ("text", "text_turns")
 IMAGE = ("turns", "image", "two_images", "wide_image")
 VIDEO = ("video", "slow_video")
 AUDIO = ("audio", "two_audios")
+# a server takes ten seconds and more to start
+QUICK_SERVED = ("gemma3", "qwen2_5_omni")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -357,6 +359,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     wanted = metafunc.config.getoption("--families")
     if wanted and wanted != "all":
         names = wanted.split(",")
+    elif not wanted and "served" in metafunc.fixturenames:
+        names = list(QUICK_SERVED)
     else:
         names = [name for name, tiny in known.items() if tiny.quick or wanted]
         if (builtin_checkpoint() / "config.json").is_file():
@@ -368,8 +372,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(("parts", fixture), pairs, indirect=["parts"], scope="session")
             return
     if "case" not in metafunc.fixturenames:
-        # what needs no case needs a medium
-        metafunc.parametrize("parts", [n for n in names if modalities[n]], indirect=True, scope="session")
+        # what needs no case needs a medium, but for the server
+        fit = [name for name in names if modalities[name] or "served" in metafunc.fixturenames]
+        metafunc.parametrize("parts", fit, indirect=True, scope="session")
         return
     cases = []
     for name in names:
@@ -385,6 +390,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         without = known[name].without if name in known else {}
         cases += [(name, case) for case in sorted(own - set(without))]
     metafunc.parametrize(("parts", "case"), cases, indirect=["parts"], scope="session")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of one family in a row, file by file: its models and servers start once."""
+    places = [k for k, item in enumerate(items) if "parts" in getattr(getattr(item, "callspec", None), "params", {})]
+    families = list(dict.fromkeys(items[k].callspec.params["parts"] for k in places))  # type: ignore[attr-defined]
+
+    def key(item: pytest.Item) -> tuple[int, str]:
+        return families.index(item.callspec.params["parts"]), str(item.path)  # type: ignore[attr-defined]
+
+    for place, item in zip(places, sorted([items[k] for k in places], key=key), strict=True):
+        items[place] = item
 
 
 @pytest.fixture(scope="session")
