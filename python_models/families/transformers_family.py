@@ -29,6 +29,7 @@ from .checkpoint import Checkpoint
 from .loading import load_part, meta_model, model_class, outline
 from .prompt import PromptWriter
 from .tower_attention import use_packed_attention
+from .tower_fusion import fuse_tower
 from .weights import RandomSource, SafetensorsSource
 
 # The values of transformers' mm_token_type_ids.
@@ -329,9 +330,12 @@ class TransformersFamily(ABC):
             return [prefix + name for name in self.towers[encoder]]
 
         model = self._load(keep, f"{encoder} encoder", device, dtype)
-        if self.packs_sequences and torch.device(device).type == "cuda":
+        if torch.device(device).type == "cuda":
             for name in self.towers[encoder]:
-                use_packed_attention(model.base_model.get_submodule(name))
+                tower = model.base_model.get_submodule(name)
+                if self.packs_sequences:
+                    use_packed_attention(tower)
+                fuse_tower(tower)
         return self.encoder_classes[encoder](model, device, dtype)
 
     def decoder_parts(self, model: Any) -> list[str]:
