@@ -1,0 +1,162 @@
+"""Chat templates by name: those of checkpoints that bring none along, and what ``--chat-template`` may name.
+
+They follow the conversation formats of LLaVA (github.com/haotian-liu/LLaVA), LLaVA-NeXT
+(github.com/LLaVA-VL/LLaVA-NeXT) and InternVL (github.com/OpenGVLab/InternVL): roles, separators, default system
+messages. Text and media of a message stay in their order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Frame = tuple[str, str]
+"""What stands before and after."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template and the tokens that end its answers.
+
+    Attributes:
+        text: Jinja, rendered with ``messages`` and ``add_generation_prompt``.
+        ends: special tokens; one that the tokenizer lacks plays no part.
+    """
+
+    text: str
+    ends: tuple[str, ...]
+
+    def end_ids(self, tokenizer: Any) -> frozenset[int]:
+        """Ids of :attr:`ends`."""
+        known = tokenizer.get_vocab()
+        return frozenset(int(known[token]) for token in self.ends if token in known)
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _chat(
+    system: Frame,
+    user: Frame,
+    assistant: Frame,
+    answer: str,
+    media: Mapping[str, str],
+    *,
+    begin: str = "",
+    default: str = "",
+    inside: bool = False,
+) -> str:
+    """A template of alternating turns.
+
+    Args:
+        system, user, assistant: around a message of this role.
+        answer: what the assistant's answer follows on.
+        media: modality -> what stands for a medium.
+        begin: of the prompt.
+        default: system message where the conversation has none; an empty one is left out with its frame.
+        inside: the system message stands in the first user's message.
+    """
+    places = "".join(
+        f"{{%- elif part['type'] == {_quote(modality)} -%}}{{{{ {_quote(text)} }}}}" for modality, text in media.items()
+    )
+    body = (
+        "{%- macro body(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
+        "{%- if part['type'] == 'text' -%}{{ part['text'] }}"
+        + places
+        + "{%- else -%}{{ raise_exception('this template has no place for media of type ' + part['type']) }}"
+        "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+    )
+    head = (
+        "{%- if messages and messages[0]['role'] == 'system' -%}"
+        "{%- set system, turns = body(messages[0]['content']), messages[1:] -%}"
+        f"{{%- else -%}}{{%- set system, turns = {_quote(default)}, messages -%}}{{%- endif -%}}"
+        f"{{%- if system -%}}{{%- set system = {_quote(system[0])} + system + {_quote(system[1])} -%}}{{%- endif -%}}"
+        f"{{{{ {_quote(begin)} }}}}"
+    )
+    first = "(system if loop.first else '') + " if inside else ""
+    turns = (
+        "{%- for m in turns -%}{%- if m['role'] == 'user' -%}"
+        f"{{{{ {_quote(user[0])} + {first}body(m['content']) + {_quote(user[1])} }}}}"
+        "{%- elif m['role'] == 'assistant' -%}"
+        f"{{{{ {_quote(assistant[0])} + body(m['content']) + {_quote(assistant[1])} }}}}"
+        "{%- else -%}"
+        "{{ raise_exception('this template has roles system (first), user and assistant, not ' + m['role']) }}"
+        "{%- endif -%}{%- endfor -%}"
+        f"{{%- if add_generation_prompt -%}}{{{{ {_quote(answer)} }}}}{{%- endif -%}}"
+    )
+    return body + head + ("" if inside else "{{ system }}") + turns
+
+
+_LLAVA = {"image": "<image>\n", "video": "<video>\n"}
+_INTERNVL = {"image": "<IMG_CONTEXT>\n", "video": "<video>\n"}
+_QWEN2_VL = {
+    "image": "<|vision_start|><|image_pad|><|vision_end|>",
+    "video": "<|vision_start|><|video_pad|><|vision_end|>",
+}
+_HELPFUL = "You are a helpful assistant."
+_SEEING = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+_CURIOUS = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions."
+)
+# As the checkpoints were trained: "You are the multimodal model of Shanghai AI Laboratory and SenseTime, called
+# InternVL, a useful and harmless assistant", and that of version 2.5.
+_INTERNVL_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_INTERNVL_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+
+
+def _chatml(end: str, media: Mapping[str, str], default: str) -> str:
+    """ChatML; ``end`` of a message."""
+    frames = [(f"<|im_start|>{role}\n", end) for role in ("system", "user", "assistant")]
+    return _chat(*frames, "<|im_start|>assistant\n", media, default=default)
+
+
+def _llama_3(media: Mapping[str, str]) -> str:
+    heads = [f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user", "assistant")]
+    frames = [(head, "<|eot_id|>") for head in heads]
+    return _chat(*frames, heads[-1], media, begin="<|begin_of_text|>", default=_SEEING)
+
+
+_ENDS_CHATML = ("<|im_end|>", "<|endoftext|>")
+_ENDS_LLAMA_3 = ("<|eot_id|>", "<|end_of_text|>")
+
+TEMPLATES: dict[str, ChatTemplate] = {
+    "chatml": ChatTemplate(_chatml("<|im_end|>\n", {}, ""), _ENDS_CHATML),
+    "chatml-llava": ChatTemplate(_chatml("<|im_end|>\n", _LLAVA, _HELPFUL), _ENDS_CHATML),
+    "chatml_direct": ChatTemplate(_chatml("<|im_end|>", _LLAVA, "Answer the questions."), _ENDS_CHATML),
+    "internlm2-chat": ChatTemplate(_chatml("<|im_end|>", _INTERNVL, _INTERNVL_2), ("<|im_end|>",)),
+    "internvl-2-5": ChatTemplate(_chatml("<|im_end|>\n", _INTERNVL, _INTERNVL_2_5), ("<|im_end|>",)),
+    "llama_3_vision": ChatTemplate(_llama_3({"image": "<|image|>\n"}), _ENDS_LLAMA_3),
+    "llava_llama_3": ChatTemplate(_llama_3(_LLAVA), _ENDS_LLAMA_3),
+    "llava_mistral_instruct": ChatTemplate(
+        _chat(("<<SYS>>\n", "\n<</SYS>>\n\n"), ("[INST] ", " [/INST]"), (" ", " </s>"), "", _LLAVA, inside=True),
+        ("</s>",),
+    ),
+    "phi3-chat": ChatTemplate(
+        _chat(
+            ("<|system|>\n", "<|end|>"),
+            ("<|user|>\n", "<|end|>"),
+            ("<|assistant|>\n", "<|end|>"),
+            "<|assistant|>\n",
+            _INTERNVL,
+            default=_INTERNVL_2,
+        ),
+        ("<|end|>",),
+    ),
+    "qwen2-vl": ChatTemplate(_chatml("<|im_end|>\n", _QWEN2_VL, _HELPFUL), ("<|im_end|>",)),
+    "vicuna_v1.1": ChatTemplate(
+        _chat(("", " "), ("USER: ", " "), ("ASSISTANT: ", "</s>"), "ASSISTANT:", _LLAVA, default=_CURIOUS), ("</s>",)
+    ),
+}
+# The same formats under the names that InternVL's config.json gives them; Hermes 2 writes as InternLM 2 does.
+TEMPLATES |= {"Hermes-2": TEMPLATES["internlm2-chat"], "internvl2_5": TEMPLATES["internvl-2-5"]}
