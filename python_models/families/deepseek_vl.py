@@ -63,8 +63,8 @@ class SquareEncoder(TransformersEncoder):
         square = self.to_device(item.tensors[pixels])
         # to the kernel a picture is one patch of one frame
         patches = square.reshape(-1, square.shape[-3], 1, square.shape[-2] * square.shape[-1])
-        values = [self.to_device(item.tensors[name]) for name in (mean, std)]
-        return normalise_patches(patches, *values, 1, self.dtype).view(square.shape)
+        values, deviations = self.to_device(item.tensors[mean]), self.to_device(item.tensors[std])
+        return normalise_patches(patches, values, deviations, 1, self.dtype).view(square.shape)
 
 
 class DeepseekVL(TransformersFamily):

@@ -10,8 +10,10 @@ from .base import Family
 from .checkpoint import find_checkpoint
 
 _FAMILIES = {
+    "deepseek_ocr2": ("deepseek_ocr", "DeepseekOcr2"),
     "deepseek_vl": ("deepseek_vl", "DeepseekVL"),
     "deepseek_vl_hybrid": ("deepseek_vl", "DeepseekVLHybrid"),
+    "deepseek_vl_v2": ("deepseek_vl2", "published"),
     "dots_ocr": ("dots", "DotsOCR"),
     "dots_vlm": ("dots", "DotsVLM"),
     "ernie4_5_vl_moe": ("ernie4_5_vl", "Ernie45VLMoe"),
@@ -36,6 +38,8 @@ _FAMILIES = {
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
     "qwen2_audio": ("qwen2_audio", "Qwen2Audio"),
     "qwen2_vl": ("qwen2_5_vl", "Qwen2VL"),
+    "qwen3_omni_moe": ("qwen3_omni", "Qwen3Omni"),
+    "qwen3_omni_moe_thinker": ("qwen3_omni", "Qwen3Omni"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
 }

@@ -1,0 +1,83 @@
+"""DeepSeek's tiles of large pictures, and the special tokens that its prompts are written with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from triptych.python_models.contract.sampling import SamplingParams
+from triptych.python_models.language_model.engine.detokenizer import Detokenizer, Vocabulary
+
+NEW_TOKENS = 4
+# Name -> pictures with no tiles, a row of them, a column and a block.
+PICTURES = {
+    "deepseek_ocr": {(90, 60): 0, (200, 90): 2, (60, 200): 3, (250, 180): 6},
+    "deepseek_ocr2": {(180, 60): 0, (420, 200): 2, (150, 500): 3, (600, 420): 6},
+    "deepseek_ocr2_published": {(700, 500): 0, (1300, 700): 2},
+}
+
+
+@pytest.fixture(scope="module", params=PICTURES)
+def parts(request: pytest.FixtureRequest, make_parts: Callable[[str], Any]) -> Any:
+    return make_parts(request.param)
+
+
+@pytest.fixture(scope="module")
+def pictures(parts: Any) -> list[tuple[Any, int]]:
+    """Media and their tiles."""
+    sizes = PICTURES[parts.folder.name]
+    return [(parts.make.image(seed, *size), count) for seed, (size, count) in enumerate(sizes.items())]
+
+
+def test_tiles(parts: Any, pictures: list[tuple[Any, int]]) -> None:
+    prepared = parts.prepare(parts.make.chat(*(medium for medium, _ in pictures), "which is larger?"))
+    items = prepared.features["vision"]
+    assert [len(item.tensors.get("tiles", ())) for item in items] == [count for _, count in pictures]
+    for item, (medium, count) in zip(items, pictures, strict=True):
+        assert item.tensors["pixels"].dtype == np.uint8
+        (alone,) = parts.prepare(parts.make.chat(medium, "x")).features["vision"]
+        assert alone.digest == item.digest
+        assert np.array_equal(alone.tensors["pixels"], item.tensors["pixels"])
+        assert not count or np.array_equal(alone.tensors["tiles"], item.tensors["tiles"])
+
+
+def test_all_sizes_together(parts: Any, pictures: list[tuple[Any, int]]) -> None:
+    chat = parts.make.chat(*(medium for medium, _ in pictures), "which is larger?")
+    with torch.no_grad():
+        expected = parts.whole(**parts.reference_inputs(chat)).logits[0]
+    torch.testing.assert_close(parts.logits(parts.prepare(chat)), expected, atol=1e-3, rtol=1e-3)
+    assert parts.tokens(chat, NEW_TOKENS) == parts.reference_tokens(chat, NEW_TOKENS)
+
+
+def test_sizes_of_several_requests_encode_together(parts: Any, pictures: list[tuple[Any, int]]) -> None:
+    items = [parts.prepare(parts.make.chat(medium, "x")).features["vision"][0] for medium, _ in pictures]
+    encoder = parts.encoders["vision"]
+    for alone, together in zip([encoder.encode([item])[0] for item in items], encoder.encode(items), strict=True):
+        torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
+
+
+def test_control_tokens_keep_their_meaning(parts: Any) -> None:
+    tokenizer = parts.processor.tokenizer
+    prompt = "<|grounding|>find <|ref|>the fox<|/ref|> here<image>"
+    medium = parts.make.image(1)
+    prepared = parts.prepare(parts.make.chat(medium, prompt))
+    names = ["<|grounding|>", "<|ref|>", "<|/ref|>"]
+    counts = [(prepared.input_ids == tokenizer.convert_tokens_to_ids(name)).sum() for name in names]
+    assert counts == [1, 1, 1]
+    # a placeholder is none of them
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    assert (prepared.input_ids == image).sum() == prepared.items[0].num_tokens
+    expected = parts.reference_inputs(parts.make.chat(medium, prompt.removesuffix("<image>")))["input_ids"][0]
+    assert prepared.input_ids[: len(expected)].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("skip", "text"), [(False, "<|ref|>a<|/ref|><|det|>[[1, 2]]<|/det|>"), (True, "a[[1, 2]]")])
+def test_boxes_are_shown_where_special_tokens_are(parts: Any, skip: bool, text: str) -> None:
+    tokenizer = parts.decoder.tokenizer
+    ids = tokenizer.encode("<|ref|>a<|/ref|><|det|>[[1, 2]]<|/det|>", add_special_tokens=False)
+    detokenizer = Detokenizer(Vocabulary(tokenizer), SamplingParams(skip_special_tokens=skip))
+    assert "".join(detokenizer.add(i).text for i in ids) + detokenizer.finish() == text
