@@ -64,7 +64,8 @@ class Plan:
     Attributes:
         items: the media in prompt order.
         sampling: validated sampling parameters.
-        rope_delta: position of generated token number k is ``len(input_ids) + rope_delta + k`` (mrope; 0 otherwise).
+        rope_delta: position of generated token number k is ``len(input_ids) + rope_delta + k`` (mrope; 0 otherwise);
+            see ``Decoder.position_step`` for positions that are fractions.
         stream, lease_s, timeout_s, priority, cache_salt: see
             :class:`~triptych.python_models.contract.request.ChatRequest`.
         extras: what single families need to know of tokens beside: name -> an integer for each prompt token, or one

@@ -82,6 +82,7 @@ class Decoder:
             tokens, or None where they take that of the last prompt token. ``Plan.extras`` gives an integer for each
             prompt token, or one for all; ``text_model`` gets each as a keyword argument, int64 [1, T]. They decide
             what keys and values hold, so prefixes are shared only where they are equal.
+        position_step: from one token of text to the next; more than 1 where positions are fractions.
     """
 
     text_model: nn.Module
@@ -94,6 +95,7 @@ class Decoder:
     num_axes: int
     bidirectional: frozenset[str] = frozenset()
     token_extras: Mapping[str, int | None] = field(default_factory=dict)
+    position_step: int = 1
 
 
 class WeightSource(Protocol):

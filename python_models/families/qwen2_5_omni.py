@@ -24,7 +24,7 @@ class Qwen25OmniPreprocessor(QwenVisionPreprocessor):
         super().__init__(checkpoint, settings, model, encoders)
         self._video_size = _own_video_size(checkpoint, self.processor.video_processor)
         extractor = self.processor.feature_extractor
-        self._most = int(extractor.n_samples)
+        self._most: int | None = int(extractor.n_samples)
         # three frames give the first token
         self._fewest = 2 * int(extractor.hop_length) + 1
 

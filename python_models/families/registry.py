@@ -40,6 +40,8 @@ _FAMILIES = {
     "qwen2_vl": ("qwen2_5_vl", "Qwen2VL"),
     "qwen3_omni_moe": ("qwen3_omni", "Qwen3Omni"),
     "qwen3_omni_moe_thinker": ("qwen3_omni", "Qwen3Omni"),
+    "qwen3_omni_moe": ("qwen3_omni", "Qwen3Omni"),
+    "qwen3_omni_moe_thinker": ("qwen3_omni", "Qwen3Omni"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
 }

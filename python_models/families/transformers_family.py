@@ -221,9 +221,15 @@ class TransformersPreprocessor(ABC):
     def _positions(
         self, ids: NDArray[np.int32], types: NDArray[np.int32], arguments: Mapping[str, Any]
     ) -> tuple[NDArray[np.int32], int]:
-        rule = getattr(self.base, "get_rope_index", None)
-        if rule is None:
+        if not hasattr(self.base, "get_rope_index"):
             return np.arange(len(ids), dtype=np.int32)[None], 0
+        position_ids, delta = self._rope_index(ids, types, arguments)
+        return position_ids.numpy().astype(np.int32), int(delta)
+
+    def _rope_index(
+        self, ids: NDArray[np.int32], types: NDArray[np.int32], arguments: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, float]:
+        """What the model's own rule gives: position ids [axes, L], whole numbers or fractions, and the delta."""
         input_ids = torch.from_numpy(ids.astype(np.int64))[None]
         known = {
             "input_ids": input_ids,
@@ -231,9 +237,10 @@ class TransformersPreprocessor(ABC):
             "attention_mask": torch.ones_like(input_ids),
             **arguments,
         }
+        rule = self.base.get_rope_index
         names = inspect.signature(rule).parameters
         position_ids, delta = rule(**{name: value for name, value in known.items() if name in names})
-        return position_ids[:, 0].numpy().astype(np.int32), int(delta.reshape(-1)[0])
+        return position_ids[:, 0], delta.reshape(-1)[0].item()
 
     def _fingerprint(self, modality: str) -> str:
         """Changes whenever the processor's options for this modality do."""
@@ -292,7 +299,8 @@ class TransformersFamily(ABC):
     """Its towers can attend in one call for all sequences (see :mod:`.tower_attention`)."""
     bidirectional: ClassVar[frozenset[str]] = frozenset()
     token_extras: ClassVar[Mapping[str, int | None]] = {}
-    """See :class:`.base.Decoder`, both."""
+    position_step: ClassVar[int] = 1
+    """See :class:`.base.Decoder`, all three."""
     preprocessor_class: ClassVar[type[TransformersPreprocessor]]
     encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]]
 
@@ -382,6 +390,7 @@ class TransformersFamily(ABC):
             num_axes=3 if hasattr(model.base_model, "get_rope_index") else 1,
             bidirectional=self.bidirectional,
             token_extras=self.token_extras,
+            position_step=self.position_step,
         )
 
     def _load(self, keep: Callable[[Any], Sequence[str]], part: str, device: str, dtype: torch.dtype) -> Any:

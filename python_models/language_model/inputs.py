@@ -49,6 +49,7 @@ def read_prompt(
     bidirectional: frozenset[str] = frozenset(),
     token_extras: Mapping[str, int | None] = _NOTHING,
     rope_switch: RopeSwitch | None = None,
+    position_step: int = 1,
 ) -> Prompt:
     """Token ids, positions and embedding rows, checked against each other.
 
@@ -59,7 +60,7 @@ def read_prompt(
         hidden_size: columns of the token embeddings.
         vocab_size: tokens that have an embedding.
         bidirectional, token_extras: see :class:`~..families.base.Decoder`.
-        rope_switch: of the decoder.
+        rope_switch, position_step: of the decoder.
 
     Raises:
         TriptychError: STAGE_FAILED, saying which of them do not fit together.
@@ -101,7 +102,8 @@ def read_prompt(
         if rope_switch.recompute and not long:
             switch_at = rope_switch.length
     rows = tuple(media)
-    return Prompt(token_ids, position_ids, plan.rope_delta, plan.items, rows, tuple(spans), generated, switch_at)
+    delta, items = plan.rope_delta, plan.items
+    return Prompt(token_ids, position_ids, delta, items, rows, tuple(spans), generated, switch_at, position_step)
 
 
 def _with_extras(

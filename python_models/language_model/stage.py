@@ -47,6 +47,7 @@ class LanguageModelStage(Stage):
         self._bidirectional = decoder.bidirectional
         self._token_extras = decoder.token_extras
         self._rope_switch = RopeSwitch.of(decoder.config)
+        self._position_step = decoder.position_step
         self._hidden_size = int(decoder.config.hidden_size)
         self._vocab_size = int(decoder.config.vocab_size)
         config = EngineConfig(
@@ -95,6 +96,7 @@ class LanguageModelStage(Stage):
                 self._bidirectional,
                 self._token_extras,
                 self._rope_switch,
+                self._position_step,
             )
             for media in prompt.media:
                 # the server falls back to host memory without a word when its CUDA pool is full

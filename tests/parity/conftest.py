@@ -252,8 +252,8 @@ class Parts:
         if answer:
             ids = torch.tensor(answer)
             embeddings = torch.cat([embeddings, self.decoder.embed(ids, torch.zeros(len(ids), dtype=torch.bool))])
-            start = len(prepared.input_ids) + prepared.rope_delta
-            new = torch.arange(start, start + len(answer)).expand(len(position_ids), -1)
+            new = torch.arange(len(answer)) + len(prepared.input_ids)
+            new = (new * self.decoder.position_step + prepared.rope_delta).expand(len(position_ids), -1)
             position_ids = torch.cat([position_ids, new], dim=1)
         extra: dict[str, Any] = {}
         if deep:

@@ -1,13 +1,17 @@
-"""Qwen3-VL, dense and with mixtures of experts."""
+"""Qwen3-VL, dense and with mixtures of experts; Qwen3-Omni, as it is published and its thinker alone."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from .common import Tiny
-from .qwen import IMAGE_SIZE, TEMPLATE, VIDEO_SIZE, make_tokenizer, text_shape, vision_ids
+from .common import Tiny, draw_weights
+from .qwen import IMAGE_SIZE, TEMPLATE, VIDEO_SIZE, make_tokenizer, text_shape, vision_ids, vision_processors
 
 VISION: dict[str, Any] = {
     "depth": 3,
@@ -54,7 +58,66 @@ def _qwen3_vl_moe() -> tuple[Any, Any]:
     return transformers.Qwen3VLMoeForConditionalGeneration(config), _processor(tokenizer)
 
 
+def _qwen3_omni_thinker() -> tuple[Any, Any]:
+    tokenizer = make_tokenizer()
+    config = transformers.Qwen3OmniMoeThinkerConfig(
+        text_config=text(tokenizer) | EXPERTS,
+        vision_config=VISION,
+        audio_config={
+            "num_mel_bins": 16,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+            "d_model": 32,
+            "max_source_positions": 100,
+            "n_window": 50,
+            "n_window_infer": 100,
+            "conv_chunksize": 50,
+            "downsample_hidden_size": 8,
+            "output_dim": 64,
+        },
+        audio_token_id=tokenizer.audio_token_id,
+        audio_start_token_id=tokenizer.audio_bos_token_id,
+        position_id_per_seconds=13,
+        **vision_ids(tokenizer),
+    )
+    processor = transformers.Qwen3OmniMoeProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(patch_size=8, size=IMAGE_SIZE),
+        video_processor=vision_processors()["video_processor"],
+        feature_extractor=transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=4),
+        tokenizer=tokenizer,
+        chat_template=TEMPLATE,
+    )
+    return transformers.Qwen3OmniMoeThinkerForConditionalGeneration(config), processor
+
+
+def _qwen3_omni(folder: Path) -> None:
+    """The thinker is a part of what is published."""
+    model, processor = _qwen3_omni_thinker()
+    draw_weights(model)
+    tokenizer = processor.tokenizer
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder / "whole")
+    processor.save_pretrained(folder)
+    weights = {f"thinker.{name}": value for name, value in load_file(folder / "whole" / "model.safetensors").items()}
+    save_file(weights | {"talker.codec_head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    thinker = json.loads((folder / "whole" / "config.json").read_text())
+    config = {
+        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
+        "model_type": "qwen3_omni_moe",
+        "enable_audio_output": True,
+        "talker_config": {"model_type": "qwen3_omni_moe_talker"},
+        "thinker_config": thinker,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text((folder / "whole" / "generation_config.json").read_text())
+
+
 FAMILIES = {
     "qwen3_vl": Tiny(_qwen3_vl, ("image", "video"), quick=True),
+    "qwen3_omni_moe": Tiny(_qwen3_omni, ("image", "video", "audio")),
+    "qwen3_omni_moe_thinker": Tiny(_qwen3_omni_thinker, ("image", "video", "audio")),
     "qwen3_vl_moe": Tiny(_qwen3_vl_moe, ("image", "video")),
 }

@@ -30,7 +30,8 @@ class Prompt:
     Attributes:
         token_ids: int64 [L].
         position_ids: int64 [axes, L]; behind the axes of positions those of :func:`~..runner.executor.token_axes`.
-        rope_delta: position of generated token number k is L + rope_delta + k on every axis of positions.
+        rope_delta: position of generated token number k is (L + k) * position_step + rope_delta on every axis of
+            positions.
         items: the media, for usage and for the keys of the prefix cache.
         media: rows of each encoder.
         spans: [start, end) of bidirectional attention, ascending, apart from each other.
@@ -47,6 +48,7 @@ class Prompt:
     spans: tuple[tuple[int, int], ...] = ()
     generated: tuple[int, ...] = ()
     switch_at: int | None = None
+    position_step: int = 1
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
@@ -273,7 +275,7 @@ class Request:
         ids[: self.num_known] = self._ids[: self.num_known]
         positions = np.empty((self._positions.shape[0], size), dtype=np.int64)
         positions[:, :have] = self._positions
-        positions[:, have:] = np.arange(have, size) + self.prompt.rope_delta
+        positions[:, have:] = np.arange(have, size) * self.prompt.position_step + self.prompt.rope_delta
         if generated := self._generated:
             positions[-len(generated) :, have:] = np.array(generated)[:, None]
         self._ids, self._positions = ids, positions
