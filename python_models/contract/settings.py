@@ -27,6 +27,8 @@ class Settings:
         load_format: "auto" (the checkpoint's weights) or "dummy" (random ones of the same shapes, to measure speed).
         context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.
         max_running_requests: requests that decode together.
+        max_mamba_cache_size: requests whose recurrent state (Mamba, gated delta net) is held at once, at most
+            max_running_requests; 0 takes that many. No effect on decoders without such layers.
         max_queued_requests: requests that may wait for that; one more is refused as overloaded.
         chunked_prefill_size: tokens that one engine step computes at most; 0 computes every prompt in one piece.
         kv_cache_tokens: tokens the KV cache holds; 0 sizes it from memory.
@@ -47,6 +49,8 @@ class Settings:
         mm_max_concurrent_calls: requests whose media one preprocess instance handles at once.
         mm_per_request_timeout: seconds for fetching and processing the media of one request.
         mm_cache_size_mb: budget of each encoder's cache of embeddings; 0 turns it off.
+        video_pruning_rate: share of a video's tokens to leave out, those that change least from frame to frame (EVS),
+            from 0 to less than 1; "" takes the checkpoint's own.
         max_image_pixels: pixels of a picture or video frame before resizing.
         max_video_frames: frames sampled from one video at most.
         max_audio_s: seconds of one sound at most.
@@ -67,6 +71,7 @@ class Settings:
     load_format: str = "auto"
     context_length: int = 0
     max_running_requests: int = 64
+    max_mamba_cache_size: int = 0
     max_queued_requests: int = 1024
     chunked_prefill_size: int = 2048
     kv_cache_tokens: int = 0
@@ -87,6 +92,7 @@ class Settings:
     mm_max_concurrent_calls: int = 32
     mm_per_request_timeout: float = 60.0
     mm_cache_size_mb: int = 256
+    video_pruning_rate: str = ""
     max_image_pixels: int = 100_000_000
     max_video_frames: int = 768
     max_audio_s: float = 1800.0
@@ -132,6 +138,12 @@ class Settings:
                 given[name] = tuple(check.string(item, where) for item in value)
         if given.get("mem_fraction_static", 0.5) > 1:
             raise invalid("settings.mem_fraction_static must be at most 1", "settings.mem_fraction_static")
+        if given.get("video_pruning_rate") and not _is_share(given["video_pruning_rate"]):
+            raise invalid(
+                "settings.video_pruning_rate must be a number from 0 to less than 1, not "
+                f"{given['video_pruning_rate']!r}",
+                "settings.video_pruning_rate",
+            )
         for name, allowed in _CHOICES.items():
             if name in given and given[name] not in allowed:
                 raise invalid(
@@ -142,6 +154,13 @@ class Settings:
     def to_json(self) -> str:
         """Every field, so that a model repository is complete in itself."""
         return json.dumps(asdict(self))
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0 <= float(text) < 1
+    except ValueError:
+        return False
 
 
 _CHOICES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -20,7 +21,7 @@ from .runner.options import RunnerOptions
 from .runner.parallel.member import Member, Recipe
 from .runner.parallel.runner import ParallelRunner
 from .runner.runner import DecoderRunner
-from .sizing import kv_blocks
+from .sizing import kv_blocks, state_slots
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,15 @@ def _on_device(settings: Settings, decoder: Decoder, executor: Executor, device:
     length, spans = context_length(settings, decoder), bool(decoder.bidirectional)
     options = RunnerOptions.of(settings, length, device, spans=spans)
     slots = settings.max_running_requests
+    if executor.states:
+        if settings.speculative_tokens:
+            raise invalid(
+                "this model has recurrent layers, whose state cannot be taken back from a wrong guess: "
+                f"speculative_tokens must be 0, not {settings.speculative_tokens}",
+                "settings.speculative_tokens",
+            )
+        slots, saved = state_slots(settings)
+        options = replace(options, saved_states=saved)
     return DecoderRunner(executor, token_axes(decoder), settings.block_size, device, options, slots)
 
 

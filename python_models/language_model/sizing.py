@@ -15,6 +15,12 @@ _PREFIX_SHARE = 1.5
 """Blocks of a window group over what running requests can use: the rest keeps the ends of finished prompts."""
 
 
+def state_slots(settings: Settings) -> tuple[int, int]:
+    """For a decoder with recurrent layers: requests that run together, and prefixes whose state is saved."""
+    slots = min(settings.max_running_requests, settings.max_mamba_cache_size or settings.max_running_requests)
+    return slots, max(slots // 2, 2) if settings.prefix_cache else 0
+
+
 def kv_blocks(
     settings: Settings,
     groups: Sequence[KVGroup],

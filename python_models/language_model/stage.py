@@ -54,7 +54,7 @@ class LanguageModelStage(Stage):
             num_blocks=num_blocks,
             block_size=settings.block_size,
             context_length=context_length(settings, decoder),
-            max_running=settings.max_running_requests,
+            max_running=self._runner.last_tokens.shape[0],
             max_queued=settings.max_queued_requests,
             max_step_tokens=settings.chunked_prefill_size,
             heartbeat_s=settings.heartbeat_s,
@@ -64,6 +64,7 @@ class LanguageModelStage(Stage):
             overlap=_overlap(settings, device),
             speculative_tokens=settings.speculative_tokens,
             prefix_cache=settings.prefix_cache,
+            saved_states=self._runner.saved_states,
             max_media_bytes=settings.max_media_mb * 2**20,
         )
         # on a CPU the steps themselves are the engine's work: it never waits while it is busy

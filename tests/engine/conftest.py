@@ -138,8 +138,9 @@ class ToyTokenizer:
 class ToyRunner:
     """A model whose next token is a hash of all tokens it finds in its paged memory: any mix-up changes the answer.
 
-    Each group of layers has a memory of its own; one with a window finds only what is in it. ``fail`` may raise for
-    the slices of a step; ``gate`` holds steps back while it is cleared.
+    Each group of layers has a memory of its own; one with a window finds only what is in it. With ``saved_states`` the
+    next token also depends on a state that each slot carries from step to step. ``fail`` may raise for the slices of a
+    step, whose states are lost then; ``gate`` holds steps back while it is cleared.
     """
 
     vocab_size = 40
@@ -151,9 +152,13 @@ class ToyRunner:
         eos: int | None = 0,
         windows: Sequence[int | None] = (None,),
         vocab_size: int = 40,
+        saved_states: int | None = None,
     ) -> None:
         self.block_size = block_size
         self.vocab_size = vocab_size
+        self.states: dict[int, int] | None = None if saved_states is None else {}
+        self.saved = [0] * (saved_states or 0)
+        self.loads: list[int] = []
         self.kv_groups = tuple(KVGroup((layer,), window) for layer, window in enumerate(windows))
         self.memories = [np.full(count * block_size, -1, dtype=np.int64) for count in num_blocks]
         self.eos = eos
@@ -168,7 +173,14 @@ class ToyRunner:
     def forward(self, slices: Sequence[Slice]) -> torch.Tensor:
         assert self.gate.wait(WAIT_S)
         self.steps.append([len(part) for part in slices])
-        self.fail(slices)
+        if self.states is None:
+            self.fail(slices)
+        else:
+            kept = self.states.copy()
+            # whatever a step that raises has done
+            self.states.update((part.slot, -1) for part in slices)
+            self.fail(slices)
+            self.states = kept
         seeds = [seed for part in slices for seed in self._hashes(part)]
         logits = torch.zeros(len(seeds), self.vocab_size)
         for row, seed in enumerate(seeds):
@@ -194,6 +206,8 @@ class ToyRunner:
             slots = table[places // self.block_size].astype(np.int64) * self.block_size + places % self.block_size
             memory[slots[part.start :]] = values
             found.append(memory[slots])
+        if self.states is not None:
+            return self._recur(part, values)
         seeds = []
         for last in range(end - part.num_logits, end):
             seed = 0
@@ -202,6 +216,27 @@ class ToyRunner:
                 seed = zlib.crc32(content[first : last + 1].tobytes(), seed)
             seeds.append(seed % 2**31)
         return seeds
+
+    def _recur(self, part: Slice, values: np.ndarray) -> list[int]:
+        """Fold a slice into the state of its slot, beside what the first group's memory holds of all before."""
+        assert self.states is not None
+        state = self.states[part.slot] if part.start else 0
+        if part.load >= 0:
+            self.loads.append(part.start)
+            state = self.saved[part.load]
+        saves = dict(part.saves)
+        table = part.block_tables[0]
+        places = np.arange(part.start)
+        before = self.memories[0][table[places // self.block_size] * self.block_size + places % self.block_size]
+        seed = zlib.crc32(before.tobytes())
+        for count, value in enumerate(values.tolist(), 1):
+            state = zlib.crc32(str(value).encode(), state)
+            seed = zlib.crc32(np.int64(value).tobytes(), seed)
+            if count in saves:
+                self.saved[saves[count]] = state
+        self.states[part.slot] = state
+        assert part.num_logits < 2, "a state cannot be taken back from a wrong guess"
+        return [(seed ^ state) % 2**31] * part.num_logits
 
     def scrub(self, group: int, blocks: Sequence[int]) -> None:
         self.scrubbed.extend(blocks)
@@ -249,7 +284,8 @@ def make_toy() -> Iterator[Callable[..., Toy]]:
         **options: Any,
     ) -> Toy:
         counts = (num_blocks,) * len(windows) if isinstance(num_blocks, int) else num_blocks
-        runner, meter = ToyRunner(counts, block_size, eos, windows, vocab_size), Meter()
+        saved_states = options.get("saved_states")
+        runner, meter = ToyRunner(counts, block_size, eos, windows, vocab_size, saved_states), Meter()
         values: dict[str, Any] = {
             "context_length": 10_000,
             "max_running": 8,
@@ -317,6 +353,36 @@ _ROPES = {
 }
 
 
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_NEMOTRON = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "ssm_state_size": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
 def _build(kind: str) -> Any:
     if kind == "qwen2":
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_COMMON))
@@ -334,6 +400,19 @@ def _build(kind: str) -> Any:
         # sinks, sliding windows, experts
         config = transformers.GptOssConfig(**_COMMON, sliding_window=9, num_local_experts=4, num_experts_per_tok=2)
         model = transformers.GptOssForCausalLM._from_config(config, attn_implementation="eager")
+    elif kind == "qwen3_5":
+        # gated delta nets
+        model = transformers.Qwen3_5ForCausalLM(transformers.Qwen3_5TextConfig(**_COMMON, **_LINEAR))
+    elif kind == "nemotron_h":
+        # Mamba-2, and feed-forward networks that are layers of their own
+        model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**_NEMOTRON))
+    elif kind == "lfm2":
+        # short convolutions
+        config = transformers.Lfm2Config(
+            **{name: value for name, value in _COMMON.items() if name != "head_dim"},
+            layer_types=["conv", "full_attention", "conv"],
+        )
+        model = transformers.Lfm2ForCausalLM(config)
     elif kind in _ROPES:
         # requests of more than 32 tokens have other frequencies, or with "dynamic" of more than 512
         cls, config_cls, rope = _ROPES[kind]
@@ -353,6 +432,10 @@ def _build(kind: str) -> Any:
         vision = {"depth": 1, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2, "intermediate_size": 32}
         config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
         model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    return _ready(model)
+
+
+def _ready(model: Any) -> Any:
     _reinit(model)
     model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
     return model.eval()
@@ -466,12 +549,14 @@ def _models() -> dict[str, Any]:
 
 @pytest.fixture
 def make_tiny(_models: dict[str, Any]) -> Iterator[Callable[..., Tiny]]:
-    """Makes tiny models; at the end closes their stages and checks that no block was lost."""
+    """Makes tiny models, of a kind of `_build` or by ``build``; at the end closes their stages and checks that no block
+    was lost.
+    """
     made: list[Tiny] = []
 
-    def make(kind: str = "qwen2", device: str = "cpu") -> Tiny:
+    def make(kind: str = "qwen2", device: str = "cpu", build: Callable[[], Any] | None = None) -> Tiny:
         if kind not in _models:
-            _models[kind] = _build(kind)
+            _models[kind] = _build(kind) if build is None else _ready(build())
         reference = copy.deepcopy(_models[kind]).to(device)
         own = copy.deepcopy(_models[kind]).to(device)
         text_model = getattr(own.base_model, "language_model", own.base_model)

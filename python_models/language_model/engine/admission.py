@@ -108,6 +108,13 @@ class Admission:
                 choice=self._delivery.choice(answer),
             )
             guesses = config.speculative_tokens if params.speculative_tokens is None else params.speculative_tokens
+            if guesses and config.saved_states is not None:
+                raise TriptychError(
+                    ErrorKind.INVALID_REQUEST,
+                    f"speculative_tokens is {guesses}, but this model has recurrent layers, whose state cannot be "
+                    "taken back from a wrong guess; it must be 0",
+                    "speculative_tokens",
+                )
             if guesses and params.grammar is None and not sampler.needs_history:
                 request.speculative_tokens = guesses
                 request.speculation = PromptLookup(prompt.token_ids.tolist(), guesses, vocab_size)

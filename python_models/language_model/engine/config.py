@@ -25,6 +25,8 @@ class EngineConfig:
         overlap: queue the next step before the tokens of this one are read.
         speculative_tokens: tokens guessed per step for requests that do not say themselves; 0 is off.
         prefix_cache: keep the blocks of finished requests for prompts that begin alike.
+        saved_states: None for a decoder that keeps nothing but keys and values; for one with recurrent layers, states
+            that can be saved for prompts that begin alike (see :mod:`.snapshots`).
         max_media_bytes: media rows that requests in flight may hold.
         log_s: lines about prefill and decode batches come this often.
     """
@@ -42,6 +44,7 @@ class EngineConfig:
     overlap: bool = False
     speculative_tokens: int = 0
     prefix_cache: bool = True
+    saved_states: int | None = None
     max_media_bytes: int = 2**32
     log_s: float = 5.0
 

@@ -168,6 +168,8 @@ class Pipeline:
             logger.exception("reading a step of %d requests failed; computing them one by one", len(step.work))
             if later is not None:
                 _undo(later.work)
+                again = {work.request for work in step.work}
+                scheduler.restart([work for work in later.work if work.request not in again])
                 later.work, later.pending = (), None
             _undo(step.work)
             self._each_alone(scheduler, step.work)
@@ -182,13 +184,18 @@ class Pipeline:
             at += count
 
     def _each_alone(self, scheduler: Scheduler, works: Sequence[Work]) -> None:
-        """Compute undone works one by one; computing twice is harmless, it writes the same into the same places."""
+        """Compute undone works one by one; computing twice is harmless, it writes the same into the same places.
+
+        Recurrent layers are the exception, see :meth:`Scheduler.replay`.
+        """
         for old in works:
             request = old.request
             if request.done or not old.current:
                 continue
             work = scheduler.again(old)
             try:
+                for part in scheduler.replay(work):
+                    self._runner.forward([part])
                 pending = self._sample([work], self._runner.forward([work.slice()]))
                 sampled = pending.result() if pending is not None else []
             except Exception as error:

@@ -6,7 +6,7 @@ import bisect
 import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,9 +70,10 @@ class Work:
         number: of the generated token that the first logits choose.
         late: the first token is in flight: it is known to the device only.
         seating: of the request's blocks, see :attr:`Request.seating`.
+        load, saves: see :class:`~..runner.step.Slice`.
     """
 
-    __slots__ = ("count", "drafts", "late", "num_logits", "number", "request", "seating", "start")
+    __slots__ = ("count", "drafts", "late", "load", "num_logits", "number", "request", "saves", "seating", "start")
 
     def __init__(self, request: Request, count: int, drafts: Sequence[int] = ()) -> None:
         """Put the next ``count`` tokens of a request, guesses included, to work."""
@@ -82,6 +83,8 @@ class Work:
         self.drafts = drafts
         self.seating = request.seating
         self.late = start >= request.num_known
+        self.load = -1
+        self.saves: tuple[tuple[int, int], ...] = ()
         request.num_scheduled = end = start + count
         self.number = request.num_tokens - request.num_prompt
         if end >= request.num_tokens:
@@ -105,7 +108,8 @@ class Work:
 
     def slice(self) -> Slice:
         """The tensors of this work."""
-        return self.request.slice(self)
+        part = self.request.part(self.start, self.count, self.num_logits, self.drafts, self.late)
+        return replace(part, load=self.load, saves=self.saves) if self.saves or self.load >= 0 else part
 
 
 @dataclass(eq=False, slots=True)
@@ -161,6 +165,12 @@ class Request:
     keys: list[bytes] = field(default_factory=list)
     publish_at: int = _NEVER
     """Computed tokens at which the next block is full."""
+    load: int = -1
+    """Number of the saved state that it holds because it begins with it."""
+    save_at: tuple[int, ...] = ()
+    """Tokens after which states are to be saved, ascending."""
+    saving: list[tuple[int, int]] = field(default_factory=list)
+    """(tokens, number) of states that queued steps save."""
     done: bool = False
     switch_at: int = _NEVER
     """See :attr:`Prompt.switch_at`."""
@@ -230,27 +240,27 @@ class Request:
         at = bisect.bisect_left(spans, (start, 0))
         return spans[at][1] if at < len(spans) and spans[at][0] == start else start + 1
 
-    def slice(self, work: Work) -> Slice:
-        """The tensors of a part of this request."""
-        start, end = work.start, work.start + work.count
+    def part(
+        self, start: int, count: int, num_logits: int = 0, drafts: Sequence[int] = (), late: bool = False
+    ) -> Slice:
+        """The tensors of tokens [start, start + count); see :class:`Work` for the others."""
+        end = start + count
         if end > self._ids.shape[0]:
             self._extend(end)
         ids = self._ids[start:end]
-        if work.drafts:
+        if drafts:
             ids = ids.copy()
-            ids[-len(work.drafts) :] = work.drafts
+            ids[-len(drafts) :] = drafts
         positions = self._positions[:, start:end]
         if start >= self.num_prompt:
-            return Slice(ids, positions, start, self.views, self.slot, work.late, num_logits=work.num_logits)
+            return Slice(ids, positions, start, self.views, self.slot, late, num_logits=num_logits)
         media = []
         for part in self.prompt.media:
             low, high = np.searchsorted(part.positions, (start, end))
             if low < high:
                 media.append(MediaRows(part.positions[low:high] - start, part.rows[low:high]))
         spans = tuple((s - start, e - start) for s, e in self.prompt.spans if s >= start and e <= end)
-        return Slice(
-            ids, positions, start, self.views, self.slot, work.late, tuple(media), spans, num_logits=work.num_logits
-        )
+        return Slice(ids, positions, start, self.views, self.slot, late, tuple(media), spans, num_logits=num_logits)
 
     def block_keys(self, num_tokens: int) -> Sequence[bytes]:
         """Prefix-cache keys of the full blocks among the first ``num_tokens`` tokens, which are known."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..runner.step import Slice
 from .blocks import BlockPool
 from .config import EngineConfig
 from .request import _NEVER, Request, Work
+from .snapshots import Snapshots
 
 _UNCHUNKED = 8192
 """Where prompts are not cut, whole ones join a step up to this many tokens."""
@@ -56,6 +58,7 @@ class Scheduler:
         self._windows = config.windows
         self._has_windows = any(window is not None for window in config.windows)
         self.pools = tuple(BlockPool(count, config.block_size) for count in config.num_blocks)
+        self.snapshots = None if config.saved_states is None else Snapshots(config.saved_states, config.block_size)
         self.block_size = config.block_size
         self.max_step_tokens = config.max_step_tokens
         # every one that runs can decode in the same step
@@ -135,6 +138,9 @@ class Scheduler:
             # decodes may have preempted some
             self._add_prompts([r for r in prompts if r.slot >= 0], budget, counts)
         work = [Work(request, count, drafts.get(request, ())) for request, count in counts.items()]
+        if self.snapshots is not None:
+            for one in work:
+                self.snapshots.note(one)
         return StepPlan(work, tuple(self._preempted))
 
     def again(self, work: Work) -> Work:
@@ -142,6 +148,30 @@ class Scheduler:
         request = work.request
         request.started = True
         return Work(request, work.count, work.drafts)
+
+    def replay(self, work: Work) -> Iterator[Slice]:
+        """What has to be computed before undone work is computed again.
+
+        Keys and values of a step are written again into the same places, but recurrent layers have lost the state
+        before it: theirs is made anew from the first token on.
+        """
+        request, start = work.request, 0
+        if self.snapshots is None:
+            return
+        self.snapshots.leave(request)
+        while start < work.start:
+            end = request.cut(min(start + (self.max_step_tokens or _UNCHUNKED), work.start))
+            end = end if end > start else request.span_end(start)
+            yield request.part(start, end - start)
+            start = end
+
+    def restart(self, works: Sequence[Work]) -> None:
+        """Requests of undone work that is not computed again at once go back into the line where they lost a state."""
+        if self.snapshots is None:
+            return
+        for work in works:
+            if work.current and not work.request.done:
+                self._move_back(work.request)
 
     def commit(self, work: Work, count: int) -> None:
         """Record that the first ``count`` tokens of some work are computed and right; they are known by now.
@@ -156,6 +186,8 @@ class Scheduler:
             request.num_scheduled = end
         if end >= request.publish_at:
             self._publish(request, end)
+        if self.snapshots is not None:
+            self.snapshots.commit(request, end)
         if self._has_windows:
             self._release_passed(request, end)
 
@@ -166,6 +198,8 @@ class Scheduler:
             For each group the blocks to blank, which nobody else uses.
         """
         keys = request.keys[: request.num_computed // self.block_size] if request.cacheable else []
+        if self.snapshots is not None:
+            self.snapshots.forget(keys)
         return [pool.forget(keys, table.held) for pool, table in zip(self.pools, request.tables, strict=True)]
 
     def check(self) -> None:
@@ -176,6 +210,8 @@ class Scheduler:
         """
         for group, pool in enumerate(self.pools):
             pool.check([r.tables[group].held for r in self.running])
+        if self.snapshots is not None:
+            self.snapshots.check(self.running)
         if any(len(table) for r in self.waiting for table in r.tables):
             raise AssertionError("a waiting request holds blocks")
         if any(r.num_scheduled or r.slot >= 0 for r in self.waiting):
@@ -304,7 +340,8 @@ class Scheduler:
             request.switch()
         # the newest token is always computed: its logits are needed
         keys = request.block_keys(request.num_tokens - 1) if request.cacheable else ()
-        hit = self._match(request, keys)
+        known = self._match(request, keys)
+        hit = known if self.snapshots is None else self.snapshots.longest(keys[:known])
         total = -(-request.num_tokens // self.block_size)
         # a little room for those who decode, else the newcomer would soon be preempted again
         others = 0 if again else len(self.running)
@@ -328,6 +365,8 @@ class Scheduler:
         self._note_tables(request)
         request.num_hit = request.num_scheduled = request.num_computed = hit * self.block_size
         request.publish_at = request.num_hit + self.block_size if request.cacheable else _NEVER
+        if self.snapshots is not None:
+            self.snapshots.enter(request, keys, hit, known)
         if not request.started:
             request.num_cached = request.num_hit
         return True
@@ -335,10 +374,15 @@ class Scheduler:
     def _reseat(self, request: Request) -> None:
         """Look into the prefix cache once more for a request that waited for its first step: others computed since."""
         keys = request.block_keys(request.num_tokens - 1) if request.cacheable else ()
-        if self._match(request, keys) * self.block_size <= request.num_hit:
+        known = self._match(request, keys)
+        if self.snapshots is not None:
+            known = self.snapshots.longest(keys[:known])
+        if known * self.block_size <= request.num_hit:
             return
         for pool, table in zip(self.pools, request.tables, strict=True):
             pool.release(table.clear())
+        if self.snapshots is not None:
+            self.snapshots.leave(request)
         # what it held is enough: every block more that the cache gives is one less to take
         if not self._seat(request, again=True):
             raise AssertionError(f"request {request.request_id!r} does not fit into its own blocks")
@@ -407,6 +451,8 @@ class Scheduler:
     def _unseat(self, request: Request) -> None:
         for pool, table in zip(self.pools, request.tables, strict=True):
             pool.release(table.clear())
+        if self.snapshots is not None:
+            self.snapshots.leave(request)
         self._slots.append(request.slot)
         request.slot = -1
         request.seating += 1

@@ -85,6 +85,11 @@ class ParallelRunner:
         return self._local.kv_groups
 
     @property
+    def saved_states(self) -> None:
+        """Decoders with recurrent layers are not shared by ranks."""
+        return
+
+    @property
     def last_tokens(self) -> torch.Tensor:
         """See :class:`~..step.Runner`; only rank 0's is written to."""
         return self._local.last_tokens
