@@ -22,23 +22,15 @@ from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
 from ..contract.settings import Settings
 from ..media.types import Image, Medium
+from . import composite
 from .checkpoint import Checkpoint
 from .deepseek_published import CONTROL_TOKENS, dense_text_config, load_tokenizer, processor_options
 from .deepseek_vl import SquareEncoder
 from .loading import model_class
 from .pixels import RAW, check_bytes, normalisation
+from .templates import TEMPLATES
 from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
 
-# The published prompts are no conversation: picture, line, instruction.
-_PLAIN = (
-    "{{ bos_token }}{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}{{ message['content'] | trim }}{%- else -%}"
-    "{%- set all = namespace(text='') -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- set all.text = all.text + ('<image>\n' if part['type'] == 'image' else part['text']) -%}"
-    "{%- endfor -%}{{ all.text | trim }}{%- endif -%}"
-    "{%- endfor -%}"
-)
 # Of the tower that makes OCR-2's tokens, Qwen2 0.5B, the published configuration gives the width alone.
 _QWEN2 = {
     "num_hidden_layers": 24,
@@ -68,7 +60,7 @@ class OcrPreprocessor(TransformersPreprocessor):
     def split_features(
         self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
     ) -> dict[str, list[Tensors]]:
-        """Per picture: ``pixels`` uint8 [channels, side, side], ``grid`` int64 [2] (columns and rows of tiles), ``mean``,
+        """Per picture: ``pixels`` uint8 [channels, side, side], ``grid`` int64 [2] (columns, rows of tiles), ``mean``,
         ``std``, and where there are tiles ``tiles`` uint8 [n, channels, side, side].
         """
         counts = [int(count) for count in batch["num_local_patches"]]
@@ -153,7 +145,9 @@ class PublishedPreprocessor(OcrPreprocessor):
         )
         tokenizer = load_tokenizer(folder)
         return model_class(self.processor_class)(
-            image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template or _PLAIN
+            image_processor=images,
+            tokenizer=tokenizer,
+            chat_template=composite.chat_template(folder, tokenizer) or TEMPLATES["deepseek-ocr"].text,
         )
 
 

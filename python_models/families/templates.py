@@ -1,8 +1,9 @@
 """Chat templates by name: those of checkpoints that bring none along, and what ``--chat-template`` may name.
 
 They follow the conversation formats of LLaVA (github.com/haotian-liu/LLaVA), LLaVA-NeXT
-(github.com/LLaVA-VL/LLaVA-NeXT) and InternVL (github.com/OpenGVLab/InternVL): roles, separators, default system
-messages. Text and media of a message stay in their order.
+(github.com/LLaVA-VL/LLaVA-NeXT), InternVL (github.com/OpenGVLab/InternVL) and DeepSeek (github.com/deepseek-ai/Janus,
+DeepSeek-VL2, DeepSeek-OCR): roles, separators, default system messages. Text and media of a message stay in their
+order.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ def _chat(
     begin: str = "",
     default: str = "",
     inside: bool = False,
+    strip: bool = False,
 ) -> str:
     """A template of alternating turns.
 
@@ -58,16 +60,18 @@ def _chat(
         begin: of the prompt.
         default: system message where the conversation has none; an empty one is left out with its frame.
         inside: the system message stands in the first user's message.
+        strip: white space around messages is left out.
     """
     places = "".join(
         f"{{%- elif part['type'] == {_quote(modality)} -%}}{{{{ {_quote(text)} }}}}" for modality, text in media.items()
     )
     body = (
-        "{%- macro body(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
+        "{%- macro written(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
         "{%- if part['type'] == 'text' -%}{{ part['text'] }}"
         + places
         + "{%- else -%}{{ raise_exception('this template has no place for media of type ' + part['type']) }}"
         "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+        f"{{%- macro body(content) -%}}{{{{ written(content){' | trim' if strip else ''} }}}}{{%- endmacro -%}}"
     )
     head = (
         "{%- if messages and messages[0]['role'] == 'system' -%}"
@@ -105,6 +109,7 @@ _CURIOUS = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions."
 )
+_DEEPSEEK_BEGIN, _DEEPSEEK_END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 # As the checkpoints were trained: "You are the multimodal model of Shanghai AI Laboratory and SenseTime, called
 # InternVL, a useful and harmless assistant", and that of version 2.5.
 _INTERNVL_2 = (
@@ -127,6 +132,13 @@ def _llama_3(media: Mapping[str, str]) -> str:
     return _chat(*frames, heads[-1], media, begin="<|begin_of_text|>", default=_SEEING)
 
 
+def _deepseek(assistant: str, image: str, *, gap: str = "", default: str = "") -> str:
+    """``gap`` stands behind a system message."""
+    frames = [("", gap), ("<|User|>: ", "\n\n"), (assistant, _DEEPSEEK_END)]
+    media = {"image": f"{image}\n"}
+    return _chat(*frames, "<|Assistant|>:", media, begin=_DEEPSEEK_BEGIN, default=default, strip=True)
+
+
 _ENDS_CHATML = ("<|im_end|>", "<|endoftext|>")
 _ENDS_LLAMA_3 = ("<|eot_id|>", "<|end_of_text|>")
 
@@ -134,8 +146,17 @@ TEMPLATES: dict[str, ChatTemplate] = {
     "chatml": ChatTemplate(_chatml("<|im_end|>\n", {}, ""), _ENDS_CHATML),
     "chatml-llava": ChatTemplate(_chatml("<|im_end|>\n", _LLAVA, _HELPFUL), _ENDS_CHATML),
     "chatml_direct": ChatTemplate(_chatml("<|im_end|>", _LLAVA, "Answer the questions."), _ENDS_CHATML),
+    # no conversation: pictures, a line each, and an instruction
+    "deepseek-ocr": ChatTemplate(
+        _chat(("", ""), ("", ""), ("", ""), "", {"image": "<image>\n"}, begin=_DEEPSEEK_BEGIN, strip=True),
+        (_DEEPSEEK_END,),
+    ),
+    "deepseek-vl2": ChatTemplate(_deepseek("<|Assistant|>:", "<image>"), (_DEEPSEEK_END,)),
     "internlm2-chat": ChatTemplate(_chatml("<|im_end|>", _INTERNVL, _INTERNVL_2), ("<|im_end|>",)),
     "internvl-2-5": ChatTemplate(_chatml("<|im_end|>\n", _INTERNVL, _INTERNVL_2_5), ("<|im_end|>",)),
+    "janus-pro": ChatTemplate(
+        _deepseek("<|Assistant|>: ", "<image_placeholder>", gap="\n\n", default=_SEEING), (_DEEPSEEK_END,)
+    ),
     "llama_3_vision": ChatTemplate(_llama_3({"image": "<|image|>\n"}), _ENDS_LLAMA_3),
     "llava_llama_3": ChatTemplate(_llama_3(_LLAVA), _ENDS_LLAMA_3),
     "llava_mistral_instruct": ChatTemplate(
