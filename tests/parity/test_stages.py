@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ class Counts(NoTelemetry):
 class Server:
     """The stages behind ``preprocess``, joined by hand."""
 
-    def __init__(self, parts: Any, answer: Callable[[], Any], device: str = "cpu") -> None:
+    def __init__(self, parts: Any, answer: Callable[[], Any], device: str = "cpu", **options: Any) -> None:
         self.parts = parts
         self.answer = answer
         self.counts = Counts()
@@ -38,7 +39,7 @@ class Server:
             "vision": VisionEncoderStage(parts.settings, self.counts, device),
             "audio": AudioEncoderStage(parts.settings, self.counts, device),
         }
-        self.language_model = LanguageModelStage(parts.settings, NoTelemetry(), device)
+        self.language_model = LanguageModelStage(replace(parts.settings, **options), NoTelemetry(), device)
         self.sent = 0
 
     def close(self) -> None:
@@ -121,6 +122,19 @@ def check_each_modality(server: Server) -> None:
         chats.append(make.chat("first ", media[name][-1], "then"))
     for chat in chats:
         assert server.tokens(server.start(chat)) == expected(server.parts, chat)
+
+
+def test_prompts_in_chunks_of_a_few_tokens(parts: Any, new_answer: Callable[[], Any]) -> None:
+    """The decoder's own modules; chunks begin and end inside of media."""
+    server = Server(parts, new_answer, chunked_prefill_size=7, decoder_backend="transformers", prefix_cache=False)
+    try:
+        make = parts.make
+        media = [getattr(make, name)(3) for name in parts.modalities]
+        chats = [make.chat("what? ", medium, "describe it in detail") for medium in media]
+        answers = [server.start(chat) for chat in chats]
+        assert [server.tokens(answer) for answer in answers] == [expected(parts, chat) for chat in chats]
+    finally:
+        server.close()
 
 
 def test_three_requests_of_different_lengths_together(server: Server) -> None:
