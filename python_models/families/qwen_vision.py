@@ -1,8 +1,8 @@
 """Pictures and videos of the Qwen-VL line: patches of any number per item, described by a grid (t, h, w).
 
-The processor normalises pixels to float32 and repeats each picture along time (a patch spans several frames). Both
-are undone here for the way between processes: patches travel as uint8, pictures once, an eighth of the bytes, and the
-encoder applies the very same normalisation (``kernels/image``). The values are equal bit for bit.
+The processor normalises pixels to float32, repeats each picture along time (a patch spans several frames) and cuts
+patches. For the way between processes pictures stay whole and uint8, an eighth of the bytes, and the encoder cuts and
+normalises them in the very same way (``kernels/image``). The values are equal bit for bit. Videos travel as patches.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...kernels.image import normalise_patches
+from ...kernels.image import normalise_patches, normalise_patchify
 from ..contract.features import EncoderItem
 from ..contract.settings import Settings
 from ..media.types import Image, Medium, Video
 from .checkpoint import Checkpoint
-from .pixels import RAW, check_bytes, normalisation
+from .pixels import RAW, check_bytes, keep_pictures_whole, normalisation
 from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
 
 _NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -32,6 +32,7 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
         self._processors = {m: getattr(self.processor, f"{m}_processor") for m in _NAMES if m in encoders}
         self._normalisation = {m: normalisation(p, m) for m, p in self._processors.items()}
         check_bytes(self.processor.image_processor)
+        self._whole = keep_pictures_whole(self.processor.image_processor)
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Pixels stay uint8; frames are those sampled while decoding."""
@@ -52,7 +53,10 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
     def split_features(
         self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
     ) -> dict[str, list[Tensors]]:
-        """Per item: ``patches`` uint8 [patches, channels, frames, pixels], ``grid`` int64 [3], ``mean``, ``std``."""
+        """Per item ``grid`` int64 [3], ``mean``, ``std``, and its pixels, uint8.
+
+        Those are ``picture`` [channels, height, width] or ``patches`` [patches, channels, frames, pixels].
+        """
         out: dict[str, list[Tensors]] = {}
         for modality, (pixels, grid) in _NAMES.items():
             if modality not in media:
@@ -61,6 +65,13 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
             processor = self._processors[modality]
             mean, std = self._normalisation[modality]
             patches = batch[pixels]
+            if modality == "image" and self._whole:
+                out[modality] = [
+                    {"picture": picture.reshape(len(mean), *size).numpy(), "grid": grids[k], "mean": mean, "std": std}
+                    for k, picture in enumerate(patches.split(grids.prod(-1).tolist()))
+                    for size in [grids[k, 1:] * processor.patch_size]
+                ]
+                continue
             patches = patches.reshape(len(patches), len(mean), -1, processor.patch_size**2)
             if modality == "image":
                 # The same picture for every frame of the patch.
@@ -97,14 +108,16 @@ class QwenVisionEncoder(TransformersEncoder):
         return output.pooler_output
 
     def _pixels(self, item: EncoderItem) -> torch.Tensor:
-        return normalise_patches(
-            self.to_device(item.tensors["patches"]),
-            self.to_device(item.tensors["mean"]),
-            self.to_device(item.tensors["std"]),
-            # towers whose patches are of one frame have no such option
-            getattr(self.config.vision_config, "temporal_patch_size", 1),
-            self.dtype,
-        )
+        mean, std = self.to_device(item.tensors["mean"]), self.to_device(item.tensors["std"])
+        vision = self.config.vision_config
+        # towers whose patches are of one frame have no such option
+        frames = getattr(vision, "temporal_patch_size", 1)
+        if "picture" not in item.tensors:
+            return normalise_patches(self.to_device(item.tensors["patches"]), mean, std, frames, self.dtype)
+        picture = self.to_device(item.tensors["picture"]).permute(1, 2, 0).contiguous()
+        patch = picture.shape[0] // int(item.tensors["grid"][1])
+        merge = int(vision.spatial_merge_size)
+        return normalise_patchify(picture, mean, std, patch, merge, frames, self.dtype)
 
 
 def _metadata(video: Video) -> Any:
