@@ -351,6 +351,10 @@ class TransformersFamily(ABC):
         # Where the text model lives differs from one version of transformers to the next.
         return ["lm_head", _path_of(model, model.get_decoder())]
 
+    def head(self, model: Any) -> Any:
+        """The module that makes logits of hidden states."""
+        return model.lm_head
+
     def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
         """See :meth:`.base.Family.load_decoder`."""
         model = self._load(self.decoder_parts, "language model", device, dtype)
@@ -381,7 +385,7 @@ class TransformersFamily(ABC):
         tokenizer = self.load_tokenizer()
         return Decoder(
             text_model=model.get_decoder(),
-            lm_head=model.lm_head,
+            lm_head=self.head(model),
             embed=embed,
             config=model.config.get_text_config(),
             tokenizer=tokenizer,
@@ -415,11 +419,11 @@ def context_length(config: Any) -> int:
     return int(config.get_text_config().max_position_embeddings)
 
 
-def load_auto(auto_class: str, what: str, folder: Path, settings: Settings) -> Any:
+def load_auto(auto_class: str, what: str, folder: Path, settings: Settings, **options: Any) -> Any:
     """The checkpoint's processor or tokenizer; code that it brings along runs only where the operator trusts it."""
     try:
         return model_class(auto_class).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=settings.trust_remote_code
+            folder, local_files_only=True, trust_remote_code=settings.trust_remote_code, **options
         )
     except (OSError, ValueError, ImportError) as error:
         raise TriptychError(
