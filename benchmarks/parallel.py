@@ -63,6 +63,7 @@ class Bare:
         self.text_model, self.lm_head = model.get_decoder(), model.lm_head
         self.config, self.num_axes = model.config, 1
         self.token_extras: dict[str, int | None] = {}
+        self.token_arguments = None
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

@@ -58,6 +58,7 @@ class Model:
     table: Any
     num_axes: int = 1
     token_extras: Mapping[str, int | None] = field(default_factory=dict)
+    token_arguments: Callable[[torch.Tensor], Mapping[str, torch.Tensor]] | None = None
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.table(ids.masked_fill(is_media, 0))

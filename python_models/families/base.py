@@ -83,6 +83,7 @@ class Decoder:
             prompt token, or one for all; ``text_model`` gets each as a keyword argument, int64 [1, T]. They decide
             what keys and values hold, so prefixes are shared only where they are equal.
         position_step: from one token of text to the next; more than 1 where positions are fractions.
+        token_arguments: (ids int64 [T]) -> keyword arguments of ``text_model`` made of them alone, each [1, T, ...].
     """
 
     text_model: nn.Module
@@ -96,6 +97,7 @@ class Decoder:
     bidirectional: frozenset[str] = frozenset()
     token_extras: Mapping[str, int | None] = field(default_factory=dict)
     position_step: int = 1
+    token_arguments: Callable[[torch.Tensor], Mapping[str, torch.Tensor]] | None = None
 
 
 class WeightSource(Protocol):

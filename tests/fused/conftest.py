@@ -155,6 +155,7 @@ class Decoder:
     config: Any
     num_axes: int
     token_extras: Mapping[str, int | None] = field(default_factory=dict)
+    token_arguments: Callable[[torch.Tensor], Mapping[str, torch.Tensor]] | None = None
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = self.text_model.get_input_embeddings()(ids.masked_fill(is_media, 0))

@@ -30,6 +30,7 @@ class Bare:
         self.config = model.config.get_text_config()
         self.num_axes = 1
         self.token_extras: dict[str, int | None] = {}
+        self.token_arguments = None
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
+    from .cross import CrossMedia
+
 
 @dataclass(frozen=True)
 class KVGroup:
@@ -55,6 +57,7 @@ class Slice:
         media: rows for placeholders in this slice, positions counted from its first token.
         spans: [start, end) of bidirectional attention, counted from the slice's first token; never cut by a slice.
         num_logits: logits of that many last tokens are wanted: 0 inside a prompt, 1, or 1 + drafts.
+        cross: the request's media for cross-attention layers.
         load: saved state of recurrent layers that the request begins with, in its first slice behind a prefix that
             is not computed again; else -1: with the state in its slot, or with none where start is 0.
         saves: (tokens of the slice, number): the states after that many tokens are saved there; ascending.
@@ -69,6 +72,7 @@ class Slice:
     media: tuple[MediaRows, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
     num_logits: int = 1
+    cross: CrossMedia | None = None
     load: int = -1
     saves: tuple[tuple[int, int], ...] = ()
 

@@ -35,6 +35,7 @@ class RandomDecoder:
         self.config = config
         self.num_axes = num_axes
         self.token_extras: Mapping[str, int | None] = {}
+        self.token_arguments = None
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         """See :class:`DecoderModel`."""

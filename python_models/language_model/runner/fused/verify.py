@@ -32,6 +32,7 @@ class DenseContext:
     def __init__(self, capacity: int) -> None:
         """Args: ``capacity``: tokens."""
         self.hows: dict[int, How] = {}
+        self.cross = None
         self._capacity = capacity
         self._pages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._start = 0
