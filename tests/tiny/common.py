@@ -64,8 +64,15 @@ def draw_weights(model: Any) -> None:
     # Gemma multiplies them by sqrt(width), and they are its head: larger ones would make it repeat each token
     embedding = 0.03 if hasattr(model.get_input_embeddings(), "embed_scale") else 1.0
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() >= 2:
+        corrections = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+        for name, parameter in (*model.named_parameters(), *corrections):
+            if name.endswith("correction_bias"):
+                # it decides which experts are chosen
+                scale = 0.1
+            elif parameter.dim() == 3 and "experts" in name:
+                # one matrix for each expert
+                scale = parameter.shape[-1] ** -0.5
+            elif parameter.dim() >= 2:
                 scale = embedding if "embed_tokens" in name else parameter[0].numel() ** -0.5
             elif "bias" in name:
                 scale = 0.1
