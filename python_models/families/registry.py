@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
 
 from ..contract.errors import ErrorKind, TriptychError
@@ -27,24 +28,32 @@ _FAMILIES = {
     "janus": ("janus", "Janus"),
     "lighton_ocr": ("mistral3", "LightOnOcr"),
     "llava": ("llava", "Llava"),
+    "llava_mistral": ("llava_original", "original"),
+    "llava_mixtral": ("llava_original", "original"),
     "llava_next": ("llava_next", "LlavaNext"),
     "llava_next_video": ("llava_next", "LlavaNextVideo"),
     "llava_onevision": ("llava_onevision", "LlavaOnevision"),
+    "llava_qwen": ("llava_original", "original"),
     "mistral3": ("mistral3", "Mistral3"),
     "mllama": ("mllama", "Mllama"),
+    "multi_modality": ("janus", "PublishedJanus"),
+    "nemotron_h_omni": ("nemotron", "NemotronOmni"),
     "paddleocr_vl": ("paddleocr_vl", "PaddleOCRVL"),
     "qwen2_5_omni": ("qwen2_5_omni", "Qwen25Omni"),
     "qwen2_5_omni_thinker": ("qwen2_5_omni", "Qwen25Omni"),
     "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
     "qwen2_audio": ("qwen2_audio", "Qwen2Audio"),
+    "minicpmo": ("minicpm", "MiniCPMO"),
+    "minicpmv": ("minicpm", "MiniCPMV"),
     "qwen2_vl": ("qwen2_5_vl", "Qwen2VL"),
-    "qwen3_omni_moe": ("qwen3_omni", "Qwen3Omni"),
-    "qwen3_omni_moe_thinker": ("qwen3_omni", "Qwen3Omni"),
     "qwen3_omni_moe": ("qwen3_omni", "Qwen3Omni"),
     "qwen3_omni_moe_thinker": ("qwen3_omni", "Qwen3Omni"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
 }
+
+# A key of config.json -> class, where model_type is that of another format too.
+_BY_KEY = {"mm_vision_tower": ("llava_original", "original")}
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -55,17 +64,26 @@ def supported_model_types() -> tuple[str, ...]:
 def load_family(settings: Settings) -> Family:
     """The family of the checkpoint that ``settings.model`` names. Reads config.json, no weights.
 
+    What no family here is written for goes to the generic adapter (see :mod:`.generic`).
+
     Raises:
         TriptychError: MODEL_NOT_FOUND where there is no checkpoint, UNSUPPORTED where no family fits it.
     """
     checkpoint = find_checkpoint(settings)
-    if checkpoint.model_type not in _FAMILIES:
+    if checkpoint.model_type in _FAMILIES:
+        module, name = _FAMILIES[checkpoint.model_type]
+        family: Family = getattr(import_module(f".{module}", __package__), name)(checkpoint, settings)
+        return family
+    from . import generic
+
+    found = generic.find(checkpoint, settings)
+    if found is None:
+        near = get_close_matches(checkpoint.model_type, {*_FAMILIES, *generic.known_model_types()}, n=1)
+        hint = f"; the nearest name that is known is {near[0]!r}" if near else ""
         raise TriptychError(
             ErrorKind.UNSUPPORTED,
-            f"{settings.model!r} is not supported because no family is written for its model_type "
-            f"{checkpoint.model_type!r}; supported: {', '.join(supported_model_types())}",
+            f"{settings.model!r} is not supported because neither Triptych nor transformers knows its model_type "
+            f"{checkpoint.model_type!r}{hint}; families of their own: {', '.join(supported_model_types())}",
             "settings.model",
         )
-    module, name = _FAMILIES[checkpoint.model_type]
-    family: Family = getattr(import_module(f".{module}", __package__), name)(checkpoint, settings)
-    return family
+    return found
