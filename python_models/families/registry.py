@@ -70,8 +70,10 @@ def load_family(settings: Settings) -> Family:
         TriptychError: MODEL_NOT_FOUND where there is no checkpoint, UNSUPPORTED where no family fits it.
     """
     checkpoint = find_checkpoint(settings)
-    if checkpoint.model_type in _FAMILIES:
-        module, name = _FAMILIES[checkpoint.model_type]
+    place = next((place for key, place in _BY_KEY.items() if key in checkpoint.config), None)
+    place = place or _FAMILIES.get(checkpoint.model_type)
+    if place is not None:
+        module, name = place
         family: Family = getattr(import_module(f".{module}", __package__), name)(checkpoint, settings)
         return family
     from . import generic
