@@ -16,7 +16,9 @@ from ..families.checkpoint import find_checkpoint
 from ..families.loading import stage_dtype
 from ..families.registry import load_family
 from .runner import fused
+from .runner.cross import CrossLayout
 from .runner.executor import Executor, make_executor, token_axes
+from .runner.memory import device_memory
 from .runner.options import RunnerOptions
 from .runner.parallel.member import Member, Recipe
 from .runner.parallel.runner import ParallelRunner
@@ -67,7 +69,7 @@ def _build(
             dtype = stage_dtype(find_checkpoint(settings), settings, device)
             decoder = load_family(settings).load_decoder(device, dtype)
         runner = _on_device(settings, decoder, make_executor(decoder, settings.decoder_backend), device)
-        memory = None
+        memory = _beside_media(settings, decoder, device)
     length = context_length(settings, decoder)
     num_blocks = kv_blocks(settings, runner.kv_groups, runner.bytes_per_token, length, device, memory)
     runner.allocate(num_blocks)
@@ -82,6 +84,14 @@ def _build(
         )
     runner.warm_up(min(settings.chunked_prefill_size or _LONGEST_REHEARSED, length))
     return runner, decoder, num_blocks
+
+
+def _beside_media(settings: Settings, decoder: Decoder, device: str) -> tuple[int, int] | None:
+    """Free and total bytes of a GPU where what cross-attention layers keep of media needs room beside the KV cache."""
+    if CrossLayout.of(decoder) is None or torch.device(device).type != "cuda":
+        return None
+    free, total = device_memory(device)
+    return max(free - settings.max_media_mb * 2**20, 0), total
 
 
 def build_rank(member: Member, settings: str) -> DecoderRunner:

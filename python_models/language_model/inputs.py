@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.plan import MediaItem, Plan
 from .engine.request import Prompt
+from .runner.cross import CrossLayout, CrossMedia
 from .runner.rope import RopeSwitch
 from .runner.step import MediaRows
 
@@ -50,6 +51,7 @@ def read_prompt(
     token_extras: Mapping[str, int | None] = _NOTHING,
     rope_switch: RopeSwitch | None = None,
     position_step: int = 1,
+    cross: CrossLayout | None = None,
 ) -> Prompt:
     """Token ids, positions and embedding rows, checked against each other.
 
@@ -60,7 +62,7 @@ def read_prompt(
         hidden_size: columns of the token embeddings.
         vocab_size: tokens that have an embedding.
         bidirectional, token_extras: see :class:`~..families.base.Decoder`.
-        rope_switch, position_step: of the decoder.
+        rope_switch, position_step, cross: of the decoder.
 
     Raises:
         TriptychError: STAGE_FAILED, saying which of them do not fit together.
@@ -74,6 +76,7 @@ def read_prompt(
     if position_ids.shape != (num_axes, length):
         raise _wrong(f"position_ids have shape {position_ids.shape}, but {(num_axes, length)} is needed")
     media = []
+    across: CrossMedia | None = None
     is_text = np.ones(length, dtype=np.bool_)
     for item in plan.items:
         if item.encoder not in _EMBEDDINGS:
@@ -84,6 +87,13 @@ def read_prompt(
         items = [item for item in plan.items if item.encoder == encoder]
         rows = inputs.get(tensor)
         if not items and rows is None:
+            continue
+        if any(item.cross is not None for item in items):
+            if cross is None:
+                raise _wrong("the plan has media for cross-attention, but the decoder has no such layers")
+            # these tokens have embeddings of their own, which may lie behind those of the vocabulary
+            _places(items, length, is_text)
+            across = _across(items, rows, tensor, cross, length)
             continue
         positions = _places(items, length, is_text)
         media.append(_rows(positions, rows, encoder, tensor, len(items), hidden_size))
@@ -101,9 +111,18 @@ def read_prompt(
         generated = (*generated, long)
         if rope_switch.recompute and not long:
             switch_at = rope_switch.length
-    rows = tuple(media)
-    delta, items = plan.rope_delta, plan.items
-    return Prompt(token_ids, position_ids, delta, items, rows, tuple(spans), generated, switch_at, position_step)
+    return Prompt(
+        token_ids,
+        position_ids,
+        plan.rope_delta,
+        plan.items,
+        tuple(media),
+        tuple(spans),
+        generated,
+        switch_at,
+        position_step,
+        across,
+    )
 
 
 def _with_extras(
@@ -159,6 +178,17 @@ def _rows(
     if not np.array_equal(order, np.arange(wanted)):
         positions, rows = positions[order], rows[torch.from_numpy(order).to(rows.device)]
     return MediaRows(positions, rows)
+
+
+def _across(items: list[MediaItem], value: Any, tensor: str, layout: CrossLayout, length: int) -> CrossMedia:
+    crossing = [item.cross for item in items if item.cross is not None]
+    if len(crossing) != len(items) or value is None:
+        raise _wrong(f"the plan has {len(items)} media, not all for cross-attention, or {tensor} is absent")
+    rows = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+    try:
+        return CrossMedia(layout, rows, crossing, length)
+    except ValueError as error:
+        raise _wrong(f"{tensor}: {error}") from None
 
 
 def _wrong(message: str) -> TriptychError:

@@ -18,6 +18,7 @@ from .building import build_runner, context_length
 from .engine.config import EngineConfig
 from .engine.engine import Engine, Submission
 from .inputs import names, read_plan, read_prompt
+from .runner.cross import CrossLayout
 from .runner.parallel.runner import ParallelRunner
 from .runner.rope import RopeSwitch
 
@@ -48,6 +49,7 @@ class LanguageModelStage(Stage):
         self._token_extras = decoder.token_extras
         self._rope_switch = RopeSwitch.of(decoder.config)
         self._position_step = decoder.position_step
+        self._cross = CrossLayout.of(decoder)
         self._hidden_size = int(decoder.config.hidden_size)
         self._vocab_size = int(decoder.config.vocab_size)
         config = EngineConfig(
@@ -98,10 +100,11 @@ class LanguageModelStage(Stage):
                 self._token_extras,
                 self._rope_switch,
                 self._position_step,
+                self._cross,
             )
-            for media in prompt.media:
+            for rows in prompt.rows:
                 # the server falls back to host memory without a word when its CUDA pool is full
-                self.telemetry.add("triptych_embedding_bytes_total", media.rows.nbytes, device=media.rows.device.type)
+                self.telemetry.add("triptych_embedding_bytes_total", rows.nbytes, device=rows.device.type)
             submission = Submission(
                 request_id,
                 prompt,

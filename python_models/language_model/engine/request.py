@@ -17,6 +17,9 @@ from ..runner.step import MediaRows, Slice
 from .blocks import BlockTable
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..runner.cross import CrossMedia
     from .delivery import Choice
     from .speculation import PromptLookup
 
@@ -38,6 +41,7 @@ class Prompt:
         generated: what the axes that are no positions are for generated tokens.
         switch_at: a request of more tokens is computed anew with 1 on the last axis, see :class:`~..runner.rope`;
             None where there is no such switch ahead.
+        cross: media that cross-attention layers read, and what those layers keep of them.
     """
 
     token_ids: NDArray[np.int64]
@@ -49,14 +53,28 @@ class Prompt:
     generated: tuple[int, ...] = ()
     switch_at: int | None = None
     position_step: int = 1
+    cross: CrossMedia | None = None
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
 
     @property
+    def rows(self) -> list[torch.Tensor]:
+        """Of all media, as they arrived; those for cross-attention layers until they are used."""
+        across = [] if self.cross is None or self.cross.rows is None else [self.cross.rows]
+        return [*(part.rows for part in self.media), *across]
+
+    @property
     def media_bytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(part.rows.nbytes for part in self.media)
+        """Bytes of all rows, and of what cross-attention layers make of them."""
+        across = 0 if self.cross is None else self.cross.nbytes
+        return across + sum(part.rows.nbytes for part in self.media)
+
+    @property
+    def root(self) -> str:
+        """What decides keys and values from the first token on, beside the tokens."""
+        # a token before the first picture attends to all of them, see CrossStep.attend
+        return "".join(f":{item.digest}" for item in self.items if item.cross is not None)
 
 
 class Work:
@@ -253,14 +271,17 @@ class Request:
             ids[-len(drafts) :] = drafts
         positions = self._positions[:, start:end]
         if start >= self.num_prompt:
-            return Slice(ids, positions, start, self.views, self.slot, late, num_logits=num_logits)
+            cross = self.prompt.cross
+            return Slice(ids, positions, start, self.views, self.slot, late, num_logits=num_logits, cross=cross)
         media = []
         for part in self.prompt.media:
             low, high = np.searchsorted(part.positions, (start, end))
             if low < high:
                 media.append(MediaRows(part.positions[low:high] - start, part.rows[low:high]))
         spans = tuple((s - start, e - start) for s, e in self.prompt.spans if s >= start and e <= end)
-        return Slice(ids, positions, start, self.views, self.slot, late, tuple(media), spans, num_logits=num_logits)
+        return Slice(
+            ids, positions, start, self.views, self.slot, late, tuple(media), spans, num_logits, self.prompt.cross
+        )
 
     def block_keys(self, num_tokens: int) -> Sequence[bytes]:
         """Prefix-cache keys of the full blocks among the first ``num_tokens`` tokens, which are known."""
@@ -268,7 +289,8 @@ class Request:
         while len(self.keys) < count:
             start = len(self.keys) * self.block_size
             end = start + self.block_size
-            digest = hashlib.blake2b(self.keys[-1] if self.keys else self.salt.encode(), digest_size=16)
+            begin = self.keys[-1] if self.keys else f"{self.salt}{self.prompt.root}".encode()
+            digest = hashlib.blake2b(begin, digest_size=16)
             digest.update(self._ids[start:end].tobytes())
             # equal features may stand at other positions (frame rates of a video), so positions count too
             digest.update(self._positions[:, start:end].tobytes())

@@ -57,6 +57,7 @@ class CrossMedia:
     Attributes:
         layout: of the decoder.
         nbytes: that it takes at most, rows included.
+        rows: [n, H], until all layers have used them.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class CrossMedia:
             raise ValueError(f"{len(rows)} rows are not those of {[(item.rows, item.visible) for item in items]}")
         self.layout = layout
         self.nbytes = rows.nbytes + len(rows) * layout.bytes_per_row
-        self._rows: torch.Tensor | None = rows
+        self.rows: torch.Tensor | None = rows
         self._items = tuple(items)
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._runs = _runs(items, num_prompt_tokens)
@@ -91,19 +92,19 @@ class CrossMedia:
         if layer not in self._kept:
             self._kept[layer] = self._project(module)
             if len(self._kept) == len(self.layout.layers):
-                self._rows = None
+                self.rows = None
         return self._kept[layer]
 
     def _project(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._rows is not None
+        assert self.rows is not None
         weight = module.k_proj.weight
         if not self._kept:
-            parts = self._rows.to(weight.device, weight.dtype).split([item.rows for item in self._items])
+            parts = self.rows.to(weight.device, weight.dtype).split([item.rows for item in self._items])
             pairs = list(zip(parts, self._items, strict=True))
-            self._rows = torch.cat([p[: i.visible] for p, i in pairs] + [p[i.visible :] for p, i in pairs])
-        shape = (len(self._rows), module.num_key_value_heads, module.head_dim)
-        key = module.k_norm(module.k_proj(self._rows).view(shape)).transpose(0, 1).contiguous()
-        return key, module.v_proj(self._rows).view(shape).transpose(0, 1).contiguous()
+            self.rows = torch.cat([p[: i.visible] for p, i in pairs] + [p[i.visible :] for p, i in pairs])
+        shape = (len(self.rows), module.num_key_value_heads, module.head_dim)
+        key = module.k_norm(module.k_proj(self.rows).view(shape)).transpose(0, 1).contiguous()
+        return key, module.v_proj(self.rows).view(shape).transpose(0, 1).contiguous()
 
 
 class CrossStep:
