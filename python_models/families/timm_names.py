@@ -18,7 +18,7 @@ def timm_rules(old: str, new: str, output: str) -> list[Any]:
     """
     from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
 
-    class Squeeze(ConversionOps):  # type: ignore[misc]
+    class Squeeze(ConversionOps):
         """[1, ...] -> [...]."""
 
         def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **_: Any) -> Any:
