@@ -46,7 +46,7 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
                 **RAW,
                 "do_sample_frames": False,
                 "input_data_format": "channels_last",
-                "video_metadata": [_metadata(video) for video in videos],
+                "video_metadata": [video_metadata(video) for video in videos],
             }
         return arguments
 
@@ -120,7 +120,8 @@ class QwenVisionEncoder(TransformersEncoder):
         return normalise_patchify(picture, mean, std, patch, merge, frames, self.dtype)
 
 
-def _metadata(video: Video) -> Any:
+def video_metadata(video: Video) -> Any:
+    """What processors of transformers are told of a video."""
     from transformers.video_utils import VideoMetadata
 
     return VideoMetadata(

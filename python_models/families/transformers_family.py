@@ -349,7 +349,11 @@ class TransformersFamily(ABC):
     def decoder_parts(self, model: Any) -> list[str]:
         """Dotted paths of the modules that the language model needs."""
         # Where the text model lives differs from one version of transformers to the next.
-        return ["lm_head", _path_of(model, model.get_decoder())]
+        return ["lm_head", _path_of(model, self.text_model(model))]
+
+    def text_model(self, model: Any) -> Any:
+        """The decoder stack, see :class:`.base.Decoder`."""
+        return model.get_decoder()
 
     def head(self, model: Any) -> Any:
         """The module that makes logits of hidden states."""
@@ -370,7 +374,7 @@ class TransformersFamily(ABC):
     def open_decoder(self, device: str, dtype: torch.dtype, *, progress: bool) -> tuple[Decoder, WeightSource]:
         """See :meth:`.base.Family.open_decoder`."""
         model = outline(self.load_class(), self.load_config(), self.decoder_parts, dtype)
-        text = _path_of(model, model.get_decoder())
+        text = _path_of(model, self.text_model(model))
 
         def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("a decoder without weights cannot embed")
@@ -384,7 +388,7 @@ class TransformersFamily(ABC):
     def _decoder(self, model: Any, embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Decoder:
         tokenizer = self.load_tokenizer()
         return Decoder(
-            text_model=model.get_decoder(),
+            text_model=self.text_model(model),
             lm_head=self.head(model),
             embed=embed,
             config=model.config.get_text_config(),
