@@ -50,6 +50,7 @@ _FAMILIES = {
     "qwen3_omni_moe_thinker": ("qwen3_omni", "Qwen3Omni"),
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
+    "voxtral": ("voxtral", "Voxtral"),
 }
 
 # A key of config.json -> class, where model_type is that of another format too.

@@ -109,9 +109,28 @@ def test_builtin_is_the_package_folder(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_unknown_model_type_names_the_supported(tmp_path: Path) -> None:
-    error = refused(str(write_config(tmp_path, {"model_type": "gpt2"})))
+    error = refused(str(write_config(tmp_path, {"model_type": "qwen2_5_vlm"})))
     assert error.kind is ErrorKind.UNSUPPORTED
     assert "is not supported because" in error.message
-    assert "'gpt2'" in error.message
+    assert "'qwen2_5_vlm'" in error.message
+    assert "the nearest name that is known is 'qwen2_5_vl'" in error.message
     for name in supported_model_types():
         assert name in error.message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("bart", "its language model takes no position_ids"),
+        ("deepseek_v32", "its attention chooses tokens by an index of its own"),
+        ("florence2", "it has an encoder for its text"),
+        ("llama4", "it has no linear head lm_head"),
+        ("paligemma", "it gives its language model attention_mask of its own"),
+        ("pix2struct", "it has no linear head lm_head"),
+    ],
+)
+def test_what_the_generic_adapter_cannot_split_says_why(tmp_path: Path, model_type: str, why: str) -> None:
+    error = refused(str(write_config(tmp_path, {"model_type": model_type})))
+    assert error.kind is ErrorKind.UNSUPPORTED
+    assert f"is not supported because {why}" in error.message
+    assert f"model_type {model_type}" in error.message
