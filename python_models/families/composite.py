@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,6 +102,12 @@ class CompositeFamily(TransformersFamily):
         return load_tokenizer(self.checkpoint.folder)
 
 
+def block(family: str, name: str) -> Any:
+    """A class of a family of transformers that it does not export."""
+    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    return getattr(module, name)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of tokenizer.json: the class that the checkpoint names may be one that it brings along."""
     return load_piece("PreTrainedTokenizerFast", "tokenizer", folder)
@@ -130,18 +137,17 @@ def chat_template(folder: Path, tokenizer: Any) -> str | None:
     return found
 
 
-def text_config(model_type: str, raw: Mapping[str, Any], without: frozenset[str] = frozenset()) -> Any:
+def text_config(model_type: str, raw: Mapping[str, Any]) -> Any:
     """transformers' configuration of a text model that a published one describes among other things.
 
     Args:
         model_type: of the text model.
-        raw: what describes it.
-        without: keys of other parts of the checkpoint.
+        raw: what describes it; configurations of other parts (``*_config``) are left out.
 
     Raises:
         TriptychError: UNSUPPORTED where transformers refuses it.
     """
-    values = {key: value for key, value in raw.items() if key not in _NOT_TEXT | without}
+    values = {key: value for key, value in raw.items() if key not in _NOT_TEXT and not key.endswith("_config")}
     try:
         return model_class("AutoConfig").for_model(model_type, **values)
     except (TypeError, ValueError) as error:

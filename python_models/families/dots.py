@@ -31,7 +31,6 @@ from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
 from .transformers_family import TransformersEncoder, TransformersPreprocessor
 
 _IMAGE_TOKEN = "<|imgpad|>"
-_OWN_KEYS = frozenset({"image_token_id", "video_token_id", "vision_config"})
 
 
 class DotsPreprocessor(QwenVisionPreprocessor):
@@ -90,7 +89,7 @@ class DotsOCR(CompositeFamily):
         width, bias = vision.get("embed_dim", 1536), vision.get("use_bias", False)
         layers, merge = vision.get("num_hidden_layers", 42), vision.get("spatial_merge_size", 2)
         return CompositeConfig(
-            text_config=text_config(self.text_type, raw, _OWN_KEYS),
+            text_config=text_config(self.text_type, raw),
             vision_config=model_class("Dots3NoteVisionConfig")(
                 hidden_size=width,
                 intermediate_size=vision.get("intermediate_size", 4224),
