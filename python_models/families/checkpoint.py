@@ -12,9 +12,11 @@ from ..contract.errors import ErrorKind, TriptychError
 from ..contract.settings import Settings
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Everything that configuration, processors and safetensors weights may be stored in; no pickles, no images. ERNIE's
-# video processor draws with a font.
+# Everything that configuration, processors and safetensors weights may be stored in; no images. ERNIE's video processor
+# draws with a font.
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.ttf"]
+# Weights of older checkpoints, which have no safetensors; nothing but tensors is unpickled from them.
+_OLDER = ["pytorch_model*.bin"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -109,7 +111,10 @@ def _download(hub_id: str, revision: str) -> Path:
     what = f"{hub_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         # Shows a progress bar on a terminal, takes what is in the local cache as it is, resumes what was cut short.
-        return Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=_WANTED))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(hub_id, revision=revision or None, allow_patterns=_OLDER)
+        return folder
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         cause = str(error).strip().splitlines()
         raise _not_found(

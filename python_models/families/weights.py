@@ -1,4 +1,4 @@
-"""Weights of a decoder read slice by slice from the checkpoint's safetensors files, under transformers' names.
+"""Weights of a decoder read slice by slice from the checkpoint's files, under transformers' names.
 
 transformers knows how a checkpoint's keys become the parameters of its modules: renames, experts stacked and joined,
 transposed matrices. Its own rules are applied here to names alone; the tensors are read when a slice of one is asked
@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -26,22 +27,55 @@ Bounds = tuple[tuple[int, int], ...]
 _INDEX = "model.safetensors.index.json"
 
 
+class TorchFile:
+    """A file of ``torch.save``, as older checkpoints have them, used like one of safetensors: mapped, not read."""
+
+    def __init__(self, path: Path) -> None:
+        # nothing but tensors is unpickled
+        self._tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+    def keys(self) -> list[str]:
+        """Names of its tensors."""
+        return list(self._tensors)
+
+    def get_tensor(self, key: str) -> torch.Tensor:
+        """The whole of one."""
+        return self._tensors[key]
+
+    def get_slice(self, key: str) -> TorchSlice:
+        """What parts of one are taken from."""
+        return TorchSlice(self._tensors[key])
+
+
+class TorchSlice:
+    """A tensor that parts are taken from."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        """Of the whole."""
+        return list(self._tensor.shape)
+
+    def __getitem__(self, bounds: tuple[slice, ...]) -> torch.Tensor:
+        return self._tensor[bounds]
+
+
 class Files:
-    """The tensors of a checkpoint's safetensors files, read to a device."""
+    """The tensors of a checkpoint's files, read to a device: safetensors, else those of ``torch.save``."""
 
     def __init__(self, folder: Path, device: str) -> None:
         """Raises TriptychError (MODEL_NOT_FOUND) where there are no such files, or they cannot be read."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            index = folder / _INDEX
-            names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else None
-            paths = sorted(folder.glob("*.safetensors")) if names is None else [folder / n for n in sorted(names)]
-            if not paths:
-                raise FileNotFoundError("it has no *.safetensors files")
             # mapped, not read: pages come in when a slice is taken
-            files: list[Any] = [safe_open(str(path), framework="pt", device="cpu") for path in paths]
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            files: list[Any] = [
+                safe_open(str(path), framework="pt", device="cpu") for path in _paths(folder, _INDEX, "*.safetensors")
+            ] or [TorchFile(path) for path in _paths(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin")]
+            if not files:
+                raise FileNotFoundError("it has neither *.safetensors files nor pytorch_model*.bin")
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
             raise TriptychError(
                 ErrorKind.MODEL_NOT_FOUND, f"the weights of {folder} cannot be loaded: {error}", "settings.model"
             ) from None
@@ -64,6 +98,13 @@ class Files:
             part = self._where[key].get_slice(key)[tuple(slice(start, stop) for start, stop in bounds)]
         # a copy on a CPU too: what the file holds may change
         return part.to(self._device, copy=True)
+
+
+def _paths(folder: Path, index: str, pattern: str) -> list[Path]:
+    """Files of weights: those that the index names, where there is one."""
+    if not (folder / index).is_file():
+        return sorted(folder.glob(pattern))
+    return [folder / name for name in sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))]
 
 
 class Part(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,24 @@ def test_hub_id_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     write_config(tmp_path, {"model_type": "qwen2_vl"})
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
     assert find_checkpoint(Settings(model="Some/Model")).folder == tmp_path
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model-00001-of-00002.bin"])
+def test_older_weights_are_downloaded_where_there_are_no_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    import huggingface_hub
+
+    write_config(tmp_path, {"model_type": "qwen2_vl"})
+
+    def download(*args: object, allow_patterns: list[str], **kwargs: object) -> str:
+        if any(fnmatch(name, pattern) for pattern in allow_patterns):
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_checkpoint(Settings(model="Some/Model")).folder == tmp_path
+    assert (tmp_path / name).exists()
 
 
 def test_builtin_is_the_package_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
