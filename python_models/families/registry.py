@@ -51,6 +51,7 @@ _FAMILIES = {
     "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
     "voxtral": ("voxtral", "Voxtral"),
+    "voxtral": ("voxtral", "Voxtral"),
 }
 
 # A key of config.json -> class, where model_type is that of another format too.
