@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from .latent import Latent
+
 
 @dataclass(frozen=True)
 class How:
@@ -17,12 +19,14 @@ class How:
         window: a token sees itself and the window - 1 tokens before it; None sees all.
         softcap: scores are squashed to (-softcap, softcap) by tanh (Gemma 2).
         sinks: [H], a score per head that takes probability and gives nothing (gpt-oss).
+        latent: keys and values are made of what is kept, see :mod:`.latent`.
     """
 
     scaling: float | None = None
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    latent: Latent | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class AttentionContext(Protocol):
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
         """transformers' layers: store, then attend.
 
-        query [H, T, D], new key [Hk, T, D] and value [Hk, T, Dv], all rotated -> [T, H, Dv].
+        query [H, T, D], new key [Hk, T, D] and value [Hk, T, Dv], all rotated -> [T, H, Dv]. With ``how.latent`` keys
+        are [1, T, R + rope] and their first R columns are the values.
         """
 
     def rotate_and_store(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...contract.errors import ErrorKind, TriptychError
-from . import rope
+from . import latent, rope
 from .attention.modules import ATTENTION, register
 from .attention.plain import attention
 from .context import AttentionContext, HeadNorm, How, Rope
@@ -28,16 +28,23 @@ class LayerShape:
         key: (Hk, D).
         value: (Hk, Dv).
         window: see :class:`~.step.KVGroup`.
+        latent: the value is the beginning of the key, see :mod:`.latent`.
     """
 
     key: tuple[int, int]
     value: tuple[int, int]
     window: int | None = None
+    latent: bool = False
 
     @property
     def keeps(self) -> bool:
         """Whether the layer has keys and values at all."""
         return self.key[0] > 0
+
+    @property
+    def stored(self) -> tuple[tuple[int, int], ...]:
+        """What takes room: heads and width of keys, and of values where they are not part of the keys."""
+        return (self.key,) if self.latent else (self.key, self.value)
 
 
 NOTHING = LayerShape((0, 1), (0, 1))
@@ -142,6 +149,7 @@ class ModulesExecutor:
         model: Any = decoder.text_model
         model.set_attn_implementation(ATTENTION)
         attach(model)
+        latent.attach(model)
         probe = _Probe()
         device = next(model.parameters()).device
         with torch.inference_mode():
@@ -263,9 +271,31 @@ class _Probe:
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
         self.calls += 1
         shapes = (key.shape[0], key.shape[2]), (value.shape[0], value.shape[2])
-        self.layers[layer] = LayerShape(*shapes, how.window)
+        self.layers[layer] = LayerShape(*shapes, how.window, how.latent is not None)
         self.dtype = key.dtype
+        if how.latent is not None:
+            return self._attend_latents(layer, query, key, how.latent, how)
         return attention(query[None], key[None], value[None], None, how)[0].transpose(0, 1)
+
+    def _attend_latents(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, latents: latent.Latent, how: How
+    ) -> torch.Tensor:
+        """As transformers does, and once more over the latents: that must give the same."""
+        keys, values = latents.expand(key)
+        out = attention(query[None], keys, values, None, how)[0].transpose(0, 1)
+        absorbed = latents.absorb(query.transpose(0, 1)).transpose(0, 1)
+        kept = key[None]
+        again = attention(absorbed[None], kept, kept[..., : latents.rank], None, how)[0].transpose(0, 1)
+        error = (latents.project(again) - out).float().norm() / out.float().norm().clamp_min(1e-30)
+        if error > (1e-3 if key.dtype == torch.float32 else 5e-2):
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED,
+                f"layer {layer} makes keys and values of its latents in a way that the engine does not know: attention "
+                f"over latents departs by {error:.1e} of its result",
+                "model",
+                "language_model",
+            )
+        return out
 
     def rotate_and_store(
         self, layer: int, qkv: torch.Tensor, heads: tuple[int, int], rope: Rope | None, norm: HeadNorm | None
@@ -287,6 +317,9 @@ def refuse_unsupported(decoder: DecoderModel) -> None:
         reason = "layers that share keys and values"
     elif getattr(config, "cross_attention_layers", None):
         reason = "cross-attention layers"
+    elif getattr(config, "index_topk", None) is not None:
+        # DeepSeek-V3.2 and its like
+        reason = "attention to tokens that an indexer chooses"
     elif getattr(config, "use_bidirectional_attention", None) is True:
         # Gemma 3's embedding models
         reason = "bidirectional attention over text"

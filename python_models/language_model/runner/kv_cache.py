@@ -39,7 +39,7 @@ class KVCache:
         groups: layers that share a block table.
         group_of: index of each layer's group; -1 for layers that keep nothing.
         num_blocks: blocks of each group, without the last one.
-        pages: keys and values of each layer.
+        pages: keys and values of each layer; where the values are part of the keys, views of the same memory.
         scale: what is stored is the value divided by this.
     """
 
@@ -61,23 +61,26 @@ class KVCache:
         of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
         self.group_of = tuple(of.get(layer, -1) for layer in range(len(layers)))
         self.pages: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._stored: list[list[torch.Tensor]] = []
         for layer, shape in enumerate(layers):
             count = self.num_blocks[self.group_of[layer]] + 1 if shape.keeps else 0
-            keys, values = (
+            own = [
                 # bytes of zeros are zeros of every dtype; not every one can be made directly
                 torch.zeros(count, heads, block_size, width * dtype.itemsize, dtype=torch.uint8, device=device)
-                for heads, width in (shape.key, shape.value)
-            )
-            self.pages.append((keys.view(dtype), values.view(dtype)))
+                for heads, width in shape.stored
+            ]
+            own = [pages.view(dtype) for pages in own]
+            self._stored.append(own)
+            self.pages.append((own[0], own[0][..., : shape.value[1]] if shape.latent else own[1]))
 
     def write(
         self, layer: int, places: tuple[torch.Tensor, torch.Tensor], key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Store keys [T, Hk, D] and values [T, Hk, Dv] at places: blocks int64 [T] and offsets in them int64 [T].
 
-        Block -1 is the last one, which takes the tokens of padding.
+        Block -1 is the last one, which takes the tokens of padding. Values that are part of the keys come with them.
         """
-        for pages, new in zip(self.pages[layer], (key, value), strict=True):
+        for pages, new in zip(self._stored[layer], (key, value), strict=False):
             if self.quantised:
                 new = (new / self.scale).clamp(-_FP8_MAX, _FP8_MAX).to(FP8).view(torch.uint8)
                 pages = pages.view(torch.uint8)
@@ -85,8 +88,8 @@ class KVCache:
 
     def read(self, layer: int, blocks: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Blocks int64 [B, n] -> keys [B, Hk, n * block_size, D] and values likewise, in ``dtype``."""
-        keys, values = (self._gather(pages, blocks, dtype) for pages in self.pages[layer])
-        return keys, values
+        found = [self._gather(pages, blocks, dtype) for pages in self._stored[layer]]
+        return found[0], found[1] if len(found) > 1 else found[0][..., : self.pages[layer][1].shape[-1]]
 
     def _gather(self, pages: torch.Tensor, blocks: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         _, heads, size, width = pages.shape
@@ -101,5 +104,5 @@ class KVCache:
         """Zero blocks of a group, so that a NaN left in them cannot reach their next owner through masked places."""
         index = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         for layer in self.groups[group].layers:
-            for pages in self.pages[layer]:
+            for pages in self._stored[layer]:
                 pages.view(torch.uint8).index_fill_(0, index, 0)

@@ -53,7 +53,7 @@ class RopeByRequest:
         self._forward = type(rotary).forward.__get__(rotary)
         self._switch = switch
         self._long = torch.zeros(0, dtype=torch.bool)
-        rotary.forward = self  # type: ignore[assignment]
+        rotary.forward = self
 
     def choose(self, position_ids: torch.Tensor, long: torch.Tensor) -> None:
         """For the next call.
@@ -86,7 +86,7 @@ def refusal(text_model: nn.Module, config: Any, num_axes: int) -> str | None:
     """What of the rotary embedding would give other tokens than transformers, or None."""
     rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
     # one set of parameters for each type of layer, where they differ
-    kinds = {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
+    kinds = {str(part.get("rope_type")) for part in rope.values() if isinstance(part, dict)}
     if varying := kinds & {"dynamic", "longrope"}:
         return f"rope_type {', '.join(sorted(varying))} for one type of layers"
     kind = rope.get("rope_type")

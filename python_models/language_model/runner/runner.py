@@ -107,7 +107,7 @@ class DecoderRunner:
         """Bytes that one token takes in the KV cache of each group."""
         layers = self._executor.layers
         return tuple(
-            self._dtype.itemsize * sum(h * w for i in group.layers for h, w in (layers[i].key, layers[i].value))
+            self._dtype.itemsize * sum(heads * width for i in group.layers for heads, width in layers[i].stored)
             for group in self._groups
         )
 

@@ -46,7 +46,7 @@ def paged_attention(
     if context is None or attention_mask is not None:
         raise RuntimeError(f"{type(module).__name__} did not pass the step's context on to its attention function")
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
-    how = How(scaling, sliding_window, softcap, sinks)
+    how = How(scaling, sliding_window, softcap, sinks, getattr(module, "latent", None))
     layer: Any = module.layer_idx
     return context.attend(layer, query[0], key[0], value[0], how)[None], None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from ..context import How
 from ..inputs import Array, Batch
 from ..kv_cache import KVCache
+from ..latent import Latent
 from .paged import PagedStep
 from .plain import additive, attention, seen_by_age
 
@@ -37,12 +39,30 @@ class SdpaStep(PagedStep):
         if group not in self._of_group:
             self._of_group[group] = _singles(self.cache, self.batch, group), _chunks(self.cache, self.batch, group)
         singles, chunks = self._of_group[group]
+        if how.latent is not None:
+            return self._attend_latents(layer, query, how, how.latent, singles, chunks)
         if len(singles) == 1 and len(singles[0].rows) == query.shape[0]:
             return singles[0].attend(layer, query, how)
         # rows that only pad a batch see nothing
         out = query.new_zeros(*query.shape[:2], self.cache.pages[layer][1].shape[-1])
         for some in singles:
             out[some.rows] = some.attend(layer, query[some.rows], how)
+        for chunk in chunks:
+            out[chunk.tokens] = chunk.attend(layer, query[chunk.tokens], how)
+        return out
+
+    def _attend_latents(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        how: How,
+        latent: Latent,
+        singles: Sequence[_Singles],
+        chunks: Sequence[_Chunk],
+    ) -> torch.Tensor:
+        out = query.new_zeros(*query.shape[:2], latent.value_width)
+        for some in singles:
+            out[some.rows] = latent.project(some.attend(layer, latent.absorb(query[some.rows]), how))
         for chunk in chunks:
             out[chunk.tokens] = chunk.attend(layer, query[chunk.tokens], how)
         return out
@@ -90,6 +110,8 @@ class _Chunk:
         """query [n, H, D] -> [n, H, Dv]."""
         keys, values = self._cache.read(layer, self._table, query.dtype)
         count = self._context - self._first
+        if how.latent is not None:
+            keys, values = how.latent.expand(keys[:, 0, :count])
         if how.window not in self._masks:
             self._masks[how.window] = self._mask(how.window, query.dtype)
         mask = self._masks[how.window]
