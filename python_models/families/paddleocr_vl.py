@@ -18,7 +18,8 @@ class PaddleOCRVisionEncoder(QwenVisionEncoder):
     def _pixels(self, item: EncoderItem) -> torch.Tensor:
         """[patches, channels, side, side] in the tower's dtype."""
         side = self.config.vision_config.patch_size
-        return super()._pixels(item).unflatten(1, (-1, side, side))
+        flat = super()._pixels(item)
+        return flat.view(len(flat), -1, side, side)
 
 
 class PaddleOCRVL(TransformersFamily):

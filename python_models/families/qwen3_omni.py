@@ -81,7 +81,7 @@ class Qwen3OmniAudioEncoder(Qwen25OmniAudioEncoder):
             if max(item.tensors["mel"].shape[1] for item in group) < piece:
                 # one that is as long as the one they were together with
                 bins = group[0].tensors["mel"].shape[0]
-                silence = {"mel": np.zeros((bins, piece), np.float32)}
+                silence: Tensors = {"mel": np.zeros((bins, piece), np.float32)}
                 group.append(EncoderItem("audio", "", _after_convolutions(piece), silence))
             parts = super().features(modality, group).split([item.num_rows for item in group])
             for k, part in zip(chosen, parts, strict=False):

@@ -17,7 +17,8 @@ def tekken_tokenizer(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.mistral.tokenizer import MistralConverter
 
+    tokenizer_class: Any = PreTrainedTokenizerFast
     converted = MistralConverter(str(folder / FILE)).converted()
-    return PreTrainedTokenizerFast(
+    return tokenizer_class(
         tokenizer_object=converted, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
     )

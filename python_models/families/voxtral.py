@@ -155,11 +155,11 @@ class VoxtralAudioEncoder(TransformersEncoder):
         config = self.config.audio_config
         tower = self.base.audio_tower
         frames = int(config.max_source_positions) * tower.conv1.stride[0] * tower.conv2.stride[0]
-        pieces = []
+        pieces: list[torch.Tensor] = []
         for item in items:
             mel, count = self.to_device(item.tensors["mel"]), int(item.tensors["pieces"][0])
             full = torch.cat([mel, mel[:, -1:].expand(-1, count * frames - mel.shape[1])], 1)
-            pieces += full.split(frames, dim=1)
+            pieces += torch.split(full, frames, dim=1)
         return self.base.get_audio_features(torch.stack(pieces), return_dict=True).pooler_output
 
 
