@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from .latent import Latent
+
+if TYPE_CHECKING:
+    from .cross import CrossStep
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class AttentionContext(Protocol):
 
     What recurrent layers see of it is its attribute ``states``, a :class:`~.recurrent.StateContext`.
     """
+
+    @property
+    def cross(self) -> CrossStep | None:
+        """What cross-attention layers see of it; None where no request has media that they read."""
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
         """transformers' layers: store, then attend.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from . import latent, rope
 from .attention.modules import ATTENTION, register
 from .attention.plain import attention
 from .context import AttentionContext, HeadNorm, How, Rope
+from .cross import CrossStep, StoredStates
 from .recurrent import StateProbe, StateShape, attach
 
 logger = logging.getLogger(__name__)
@@ -29,17 +30,19 @@ class LayerShape:
         value: (Hk, Dv).
         window: see :class:`~.step.KVGroup`.
         latent: the value is the beginning of the key, see :mod:`.latent`.
+        shares: an earlier layer, whose keys and values it reads instead of any of its own (Gemma 3n).
     """
 
     key: tuple[int, int]
     value: tuple[int, int]
     window: int | None = None
     latent: bool = False
+    shares: int | None = None
 
     @property
     def keeps(self) -> bool:
-        """Whether the layer has keys and values at all."""
-        return self.key[0] > 0
+        """Whether the layer has keys and values of its own."""
+        return self.key[0] > 0 and self.shares is None
 
     @property
     def stored(self) -> tuple[tuple[int, int], ...]:
@@ -48,7 +51,7 @@ class LayerShape:
 
 
 NOTHING = LayerShape((0, 1), (0, 1))
-"""Of a layer without attention."""
+"""Of a layer that keeps nothing of a token: without attention, or with attention to media."""
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 RECURRENT_LAYERS = frozenset({"linear_attention", "conv"})
 # of Nemotron-H, where a feed-forward network is a layer of its own
@@ -133,6 +136,10 @@ class DecoderModel(Protocol):
     def token_extras(self) -> Mapping[str, int | None]:
         """What it needs to know of each token beside its position."""
 
+    @property
+    def token_arguments(self) -> Callable[[torch.Tensor], Mapping[str, torch.Tensor]] | None:
+        """What else ``text_model`` takes, made of token ids alone."""
+
 
 class ModulesExecutor:
     """An :class:`Executor` around transformers' own decoder code.
@@ -145,6 +152,8 @@ class ModulesExecutor:
         refuse_unsupported(decoder)
         register()
         self._decoder = decoder
+        self._arguments: Mapping[str, torch.Tensor] = {}
+        self._stored = StoredStates(int(decoder.config.num_hidden_layers))
         self._rope = rope.by_request(decoder.text_model, decoder.config)
         model: Any = decoder.text_model
         model.set_attn_implementation(ATTENTION)
@@ -158,7 +167,8 @@ class ModulesExecutor:
             self.forward(self.embed(ids, torch.zeros_like(ids, dtype=torch.bool)), positions, probe, None)
         expected = int(decoder.config.num_hidden_layers)
         kinds = list(getattr(decoder.config, "layer_types", None) or ["full_attention"] * expected)[:expected]
-        attending = {layer for layer, kind in enumerate(kinds) if kind in _ATTENTION_LAYERS}
+        across = frozenset(getattr(decoder.config, "cross_attention_layers", None) or ())
+        attending = {layer for layer, kind in enumerate(kinds) if kind in _ATTENTION_LAYERS} - across
         recurrent = {layer for layer, kind in enumerate(kinds) if kind in RECURRENT_LAYERS}
         if set(probe.layers) != attending or probe.calls != len(attending) or set(probe.states.shapes) != recurrent:
             raise TriptychError(
@@ -176,12 +186,17 @@ class ModulesExecutor:
                 "model",
                 "language_model",
             )
-        self.layers = tuple(probe.layers.get(layer, NOTHING) for layer in range(expected))
+        shares = _shared_layers(model)
+        self.layers = tuple(
+            replace(probe.layers.get(layer, NOTHING), shares=shares.get(layer)) for layer in range(expected)
+        )
         self.states: Mapping[int, StateShape] = probe.states.shapes
         self.dtype = probe.dtype
 
     def embed(self, ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
         """See :class:`Executor`."""
+        if self._decoder.token_arguments is not None:
+            self._arguments = self._decoder.token_arguments(ids)
         return self._decoder.embed(ids, is_media)
 
     def forward(
@@ -192,11 +207,15 @@ class ModulesExecutor:
         deepstack: Deepstack | None,
     ) -> torch.Tensor:
         """See :class:`Executor`."""
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = dict(self._arguments)
+        if context.cross is not None:
+            # else there are no media, and transformers leaves these layers out
+            seeing = context.cross.seeing(embeddings)
+            extra |= {"past_key_values": self._stored, "full_text_row_masked_out_mask": seeing}
         if deepstack is not None:
             mask = torch.zeros(1, embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
             mask[0, deepstack.places] = True
-            extra = {"visual_pos_masks": mask, "deepstack_visual_embeds": list(deepstack.rows)}
+            extra |= {"visual_pos_masks": mask, "deepstack_visual_embeds": list(deepstack.rows)}
         axes = self._decoder.num_axes
         positions, others = position_ids[:axes], position_ids[axes:]
         if self._rope is not None:
@@ -259,12 +278,26 @@ def make_executor(decoder: DecoderModel, backend: str) -> Executor:
     return ModulesExecutor(decoder)
 
 
+def _shared_layers(model: nn.Module) -> dict[int, int]:
+    """Layer that keeps no keys and values -> the one that keeps them for it."""
+    stores: dict[str, int] = {}
+    found: dict[int, int] = {}
+    for module in model.modules():
+        here: Any = module
+        if getattr(module, "store_full_length_kv", False):
+            stores[here.layer_type] = int(here.layer_idx)
+        elif getattr(module, "is_kv_shared_layer", False):
+            found[int(here.layer_idx)] = stores[here.layer_type]
+    return found
+
+
 class _Probe:
     """An attention context that keeps nothing but shapes; every token of the batch belongs to one request."""
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
         self.states = StateProbe()
+        self.cross: CrossStep | None = None
         self.calls = 0
         self.dtype = torch.float32
 
@@ -313,13 +346,11 @@ def refuse_unsupported(decoder: DecoderModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ())
     if other := kinds - _ATTENTION_LAYERS - RECURRENT_LAYERS - _PLAIN_LAYERS:
         reason = f"layers of type {', '.join(sorted(map(str, other)))}"
-    elif getattr(config, "num_kv_shared_layers", 0):
-        reason = "layers that share keys and values"
-    elif getattr(config, "cross_attention_layers", None):
-        reason = "cross-attention layers"
     elif getattr(config, "index_topk", None) is not None:
         # DeepSeek-V3.2 and its like
         reason = "attention to tokens that an indexer chooses"
+    elif (getattr(config, "num_kv_shared_layers", 0) or 0) != len(_shared_layers(decoder.text_model)):
+        reason = "layers that share keys and values in a way of their own"
     elif getattr(config, "use_bidirectional_attention", None) is True:
         # Gemma 3's embedding models
         reason = "bidirectional attention over text"

@@ -16,7 +16,7 @@ _FP8_MAX = 448.0
 def group_layers(layers: Sequence[LayerShape], context_length: int) -> tuple[KVGroup, ...]:
     """Layers that keep every token first, then one group for each window that is shorter than the context.
 
-    Layers that keep nothing are in no group.
+    Layers that keep nothing of their own are in no group.
     """
     windows = {
         layer: None if shape.window is None or shape.window >= context_length else shape.window
@@ -37,7 +37,8 @@ class KVCache:
 
     Attributes:
         groups: layers that share a block table.
-        group_of: index of each layer's group; -1 for layers that keep nothing.
+        group_of: index of each layer's group; -1 for layers that keep nothing and share nothing.
+        sharing: layers that read the pages of another and store nothing.
         num_blocks: blocks of each group, without the last one.
         pages: keys and values of each layer; where the values are part of the keys, views of the same memory.
         scale: what is stored is the value divided by this.
@@ -59,10 +60,16 @@ class KVCache:
         self.quantised = dtype == FP8
         self.scale = 1.0
         of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
-        self.group_of = tuple(of.get(layer, -1) for layer in range(len(layers)))
+        sources = [layer if shape.shares is None else shape.shares for layer, shape in enumerate(layers)]
+        self.group_of = tuple(of.get(source, -1) for source in sources)
+        self.sharing = frozenset(layer for layer, source in enumerate(sources) if source != layer)
         self.pages: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._stored: list[list[torch.Tensor]] = []
         for layer, shape in enumerate(layers):
+            if shape.shares is not None:
+                self._stored.append(self._stored[shape.shares])
+                self.pages.append(self.pages[shape.shares])
+                continue
             count = self.num_blocks[self.group_of[layer]] + 1 if shape.keeps else 0
             own = [
                 # bytes of zeros are zeros of every dtype; not every one can be made directly

@@ -10,6 +10,7 @@ import torch
 
 from ...contract.errors import ErrorKind, TriptychError
 from .attention import Backend, load_backend, resolve
+from .cross import CrossStep
 from .executor import Deepstack, Executor, ModulesExecutor
 from .graphs import GraphRunner, refuse_uncapturable
 from .inputs import Batch, HostBatch, StepInputs
@@ -214,6 +215,7 @@ class DecoderRunner:
         context.rehearsing = rehearsing
         if self._states is not None:
             context.states = StateStep(self._states, batch.host.slices, batch.num_singles)
+        context.cross = CrossStep.of(batch.host.slices)
         hidden = executor.forward(embeddings, batch.position_ids, context, deepstack)
         if batch.logit_rows is not None:
             if not len(batch.logit_rows):

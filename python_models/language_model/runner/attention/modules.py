@@ -48,6 +48,9 @@ def paged_attention(
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
     how = How(scaling, sliding_window, softcap, sinks, getattr(module, "latent", None))
     layer: Any = module.layer_idx
+    cross = context.cross
+    if cross is not None and layer in cross.layers:
+        return cross.attend(module, query[0], scaling)[None], None
     return context.attend(layer, query[0], key[0], value[0], how)[None], None
 
 

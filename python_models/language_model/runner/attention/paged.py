@@ -10,6 +10,7 @@ import torch
 from triptych.kernels import rope as rope_kernels
 
 from ..context import HeadNorm, How, Rope
+from ..cross import CrossStep
 from ..inputs import Batch
 from ..kv_cache import KVCache
 from ..recurrent import StateContext
@@ -22,6 +23,7 @@ class PagedStep(ABC):
         layer: the layer that came last, for messages.
         rehearsing: each layer also compiles what other batches will need.
         states: of recurrent layers, for decoders that have some.
+        cross: see :class:`~..context.AttentionContext`.
     """
 
     capturable: ClassVar[bool] = True
@@ -33,11 +35,14 @@ class PagedStep(ABC):
         self.layer = -1
         self.rehearsing = False
         self.states: StateContext | None = None
+        self.cross: CrossStep | None = None
         self._places: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, how: How) -> torch.Tensor:
         """See :class:`~..context.AttentionContext`."""
         self.layer = layer
+        if layer in self.cache.sharing:
+            return self.attend_stored(layer, query.transpose(0, 1).contiguous(), how)
         group = self.cache.group_of[layer]
         if group not in self._places:
             slots, size = self.batch.slots[group], self.cache.block_size
