@@ -7,6 +7,7 @@ unexpected keys, and those are never read.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def outline(cls: Any, config: Any, keep: Callable[[Any], Sequence[str]], dtype: 
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            model = _partial_class(cls, keep)(config)
+            model = _partial_class(cls, keep)(_of_dtype(config, dtype))
     finally:
         torch.set_default_dtype(before)
     for path, module in list(model.named_modules()):
@@ -136,10 +137,24 @@ def _random_part(cls: Any, config: Any, keep: Callable[[Any], Sequence[str]], de
     try:
         # the constructor also computes what no checkpoint stores, such as the frequencies of rotary embeddings
         with torch.device(device):
-            model = _partial_class(cls, keep)(config)
+            model = _partial_class(cls, keep)(_of_dtype(config, dtype))
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
+
+
+def _of_dtype(config: Any, dtype: torch.dtype) -> Any:
+    """A copy of a configuration whose parts name another dtype; models make their parts by it."""
+    copied = copy.deepcopy(config)
+
+    def put(part: Any) -> None:
+        part.dtype = dtype
+        for name in getattr(part, "sub_configs", ()):
+            if (sub := getattr(part, name, None)) is not None:
+                put(sub)
+
+    put(copied)
+    return copied
 
 
 def _partial_class(cls: Any, keep: Callable[[Any], Sequence[str]]) -> Any:

@@ -154,6 +154,20 @@ def test_one_file_and_a_family(tiny_checkpoint: Callable[[str], Path], name: str
     assert decoder.bidirectional == loaded.bidirectional
 
 
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_another_dtype_than_the_checkpoints(tiny_checkpoint: Callable[[str], Path], load_format: str) -> None:
+    settings = Settings(model=str(tiny_checkpoint("mimo_vl")), load_format=load_format)
+    family = load_family(settings)
+    assert family.load_config().dtype is torch.bfloat16
+    decoder, source = family.open_decoder("cpu", torch.float32, progress=False)
+    modules = torch.nn.ModuleList([decoder.text_model, decoder.lm_head])
+    assert {parameter.dtype for parameter in modules.parameters()} == {torch.float32}
+    names = ("lm_head.weight", "embed_tokens.weight", "norm.weight", "layers.0.self_attn.q_proj.weight")
+    assert {source.get(name).dtype for name in names} == {torch.float32}
+    encoder = family.load_encoder("vision", "cpu", torch.float32)
+    assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}
+
+
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     cls = saved("plain", tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
