@@ -67,10 +67,14 @@ class Composite(model_class("PreTrainedModel")):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         text = config.text_config
-        self.language_model = model_class("AutoModel").from_config(text)
+        self.language_model = self.build_text(text)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.build(config)
         self.post_init()
+
+    def build_text(self, config: Any) -> Any:
+        """The text model without its head."""
+        return model_class("AutoModel").from_config(config)
 
     def build(self, config: Any) -> None:
         """Add the towers."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.sampling import SamplingParams
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.families.registry import load_family
 from triptych.python_models.language_model.engine.detokenizer import Detokenizer, Vocabulary
 
 NEW_TOKENS = 4
@@ -60,8 +66,57 @@ def test_sizes_of_several_requests_encode_together(parts: Any, pictures: list[tu
         torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def vl2(make_parts: Callable[[str], Any]) -> Any:
+    return make_parts("deepseek_vl2_tiny")
+
+
+def grids(prepared: Any) -> list[list[int]]:
+    return [item.tensors["grid"].tolist() for item in prepared.features["vision"]]
+
+
+def test_vl2_cuts_at_most_two_pictures(vl2: Any) -> None:
+    make = vl2.make
+    wide, high, block = make.image(1, 300, 70), make.image(2, 60, 150), make.image(3, 130, 128)
+    chats = [make.chat(wide, "x"), make.chat(high, block, "x"), make.chat(wide, high, block, "x")]
+    prepared = [vl2.prepare(chat) for chat in chats]
+    assert [grids(each) for each in prepared] == [[[4, 1]], [[2, 3], [3, 2]], [[1, 1]] * 3]
+    # what was computed of a picture with tiles is not that of one without
+    digests = [item.digest for each in prepared for item in each.items]
+    assert len(set(digests)) == len(digests)
+    for chat, each in zip(chats, prepared, strict=True):
+        with torch.no_grad():
+            expected = vl2.whole(**vl2.reference_inputs(chat)).logits[0]
+        torch.testing.assert_close(vl2.logits(each), expected, atol=1e-3, rtol=1e-3)
+        assert vl2.tokens(chat, NEW_TOKENS) == vl2.reference_tokens(chat, NEW_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config", {"tile_tag": "1D"}, "tile_tag '1D'"),
+        ("config", {"projector_config": {"projector_type": "linear", "n_embed": 64}}, "projector_type 'linear'"),
+        ("config", {"vision_config": {"width": {"vit": 1}}}, r"towers \['vit'\]"),
+        ("processor_config", {"patch_size": None}, "lacks patch_size"),
+        ("processor_config", {"candidate_resolutions": [[20, 30]]}, "begin with a square"),
+        ("processor_config", {"candidate_resolutions": [[40, 40]]}, "tiles of 40 pixels for a tower of 20"),
+    ],
+)
+def test_vl2_refuses_what_is_not_published(
+    vl2: Any, tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(vl2.folder, folder)
+    path = folder / f"{file}.json"
+    values = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    with pytest.raises(TriptychError, match=message) as caught:
+        load_family(Settings(model=str(folder))).load_preprocessor()
+    assert caught.value.kind is ErrorKind.UNSUPPORTED
+
+
 def test_control_tokens_keep_their_meaning(parts: Any) -> None:
-    tokenizer = parts.processor.tokenizer
+    tokenizer = parts.decoder.tokenizer
     prompt = "<|grounding|>find <|ref|>the fox<|/ref|> here<image>"
     medium = parts.make.image(1)
     prepared = parts.prepare(parts.make.chat(medium, prompt))
@@ -71,8 +126,13 @@ def test_control_tokens_keep_their_meaning(parts: Any) -> None:
     # a placeholder is none of them
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert (prepared.input_ids == image).sum() == prepared.items[0].num_tokens
-    expected = parts.reference_inputs(parts.make.chat(medium, prompt.removesuffix("<image>")))["input_ids"][0]
-    assert prepared.input_ids[: len(expected)].tolist() == expected.tolist()
+    ids = parts.reference_inputs(parts.make.chat(medium, prompt.removesuffix("<image>")))["input_ids"][0].tolist()
+    end = ids.index(tokenizer.convert_tokens_to_ids("<|/ref|>")) + 1
+    assert prepared.input_ids[:end].tolist() == ids[:end]
+
+
+def test_control_tokens_of_vl2(vl2: Any) -> None:
+    test_control_tokens_keep_their_meaning(vl2)
 
 
 @pytest.mark.parametrize(("skip", "text"), [(False, "<|ref|>a<|/ref|><|det|>[[1, 2]]<|/det|>"), (True, "a[[1, 2]]")])
