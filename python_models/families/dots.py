@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from ..contract.settings import Settings
@@ -62,7 +63,9 @@ class DotsModel(Composite):
         """Add the tower."""
         self.vision_tower = model_class("Dots3NoteVisionModel")(config.vision_config)
         for block in self.vision_tower.blocks:
-            block.attn.q_norm = block.attn.k_norm = nn.Identity()
+            for name in ("q_norm", "k_norm"):
+                delattr(block.attn, name)
+                setattr(block.attn, name, _unchanged)
         if not config.post_norm:
             self.vision_tower.norm = nn.Identity()
 
@@ -117,3 +120,8 @@ class DotsVLM(DotsOCR):
     """dots.vlm1."""
 
     text_type = "deepseek_v3"
+
+
+def _unchanged(heads: torch.Tensor) -> torch.Tensor:
+    """In place of the norms: no module, so that the attention is known for what it is (see :mod:`.tower_fusion`)."""
+    return heads

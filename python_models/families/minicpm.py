@@ -39,6 +39,7 @@ from .composite import (
 from .loading import model_class
 from .minicpm_processing import MiniCPMProcessor, Slicer, sound_rows
 from .sounds import check_sound
+from .tower_attention import use_packed_attention
 from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
 
 _FRAMES_A_SECOND = 50
@@ -229,6 +230,11 @@ class MiniCPMModel(Composite):
 
 class MiniCPMVisionEncoder(TransformersEncoder):
     """Tower and resampler."""
+
+    def __init__(self, model: Any, device: str, dtype: torch.dtype) -> None:
+        super().__init__(model, device, dtype)
+        if self.device.type == "cuda":
+            use_packed_attention(model.vpm)
 
     def features(self, modality: str, items: Sequence[EncoderItem]) -> Any:
         """All pieces of all items in one run."""
