@@ -6,16 +6,30 @@ break tokens in Mistral's prompts; these are text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from .llava import Llava
+from ..contract.features import EncoderItem
+from .llava import Llava, LlavaEncoder
+from .transformers_family import TransformersEncoder
+
+
+class Mistral3Encoder(LlavaEncoder):
+    """Tower and projector."""
+
+    def features(self, modality: str, items: Sequence[EncoderItem]) -> Any:
+        """All pictures in one run of the tower."""
+        if sum(item.num_rows for item in items) > 1:
+            return super().features(modality, items)
+        # transformers takes a single row of a single picture for no rows at all
+        return super().features(modality, [*items, *items])[: len(items)]
 
 
 class Mistral3(Llava):
     """Mistral Small 3.1."""
 
     model_class = "Mistral3ForConditionalGeneration"
+    encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]] = {"vision": Mistral3Encoder}
 
 
 class LightOnOcr(Llava):
