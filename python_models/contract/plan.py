@@ -38,6 +38,9 @@ class MediaItem:
             concatenated in the order of ``Plan.items``.
         cross: where its rows are read by cross-attention: then the tokens of ``spans`` only stand for it, and have
             embeddings of their own.
+        runs: where only the encoder knows how its rows are spread over parts of the medium (frames of a pruned video):
+            a range for each part, some of them empty, in order. ``spans`` are those that are not empty, until the
+            encoder's ``vision_runs`` say how long each one is; all together they are as long as before.
     """
 
     modality: str
@@ -45,6 +48,7 @@ class MediaItem:
     spans: tuple[tuple[int, int], ...]
     encoder: str
     cross: CrossRows | None = None
+    runs: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -92,7 +96,14 @@ class Plan:
         """Inverse of :meth:`to_json`; the sender is our own ``preprocess``, so only sampling is validated again."""
         data = json.loads(text)
         data["items"] = tuple(
-            MediaItem(i["modality"], i["digest"], tuple((s, e) for s, e in i["spans"]), i["encoder"], _cross(i["cross"]))
+            MediaItem(
+                i["modality"],
+                i["digest"],
+                tuple((s, e) for s, e in i["spans"]),
+                i["encoder"],
+                _cross(i["cross"]),
+                tuple((s, e) for s, e in i["runs"]),
+            )
             for i in data["items"]
         )
         data["sampling"] = SamplingParams.from_json(data["sampling"])

@@ -83,6 +83,9 @@ PLAN = TensorSpec("plan", STRING, (1,), True, help="JSON, see contract/plan.py")
 VISION_FEATURES = TensorSpec("vision_features", UINT8, (-1,), True, help="packed, see contract/features.py")
 AUDIO_FEATURES = TensorSpec("audio_features", UINT8, (-1,), True, help="packed, see contract/features.py")
 VISION_EMBEDDINGS = TensorSpec("vision_embeddings", EMBEDDING, (-1, -1), True, True, "[rows, hidden * (1 + deepstack)]")
+VISION_RUNS = TensorSpec(
+    "vision_runs", INT32, (-1,), True, help="rows of each part of pruned videos, see MediaItem.runs in contract/plan.py"
+)
 AUDIO_EMBEDDINGS = TensorSpec("audio_embeddings", EMBEDDING, (-1, -1), True, True, "[rows, hidden]")
 VISION_ERROR = TensorSpec(
     "vision_error", STRING, (1,), True, help="why there are no embeddings (TriptychError.to_wire)"
@@ -107,7 +110,7 @@ PREPROCESS = StageSpec(
 VISION_ENCODER = StageSpec(
     "vision_encoder",
     (VISION_FEATURES, CANCEL),
-    (VISION_EMBEDDINGS, VISION_ERROR),
+    (VISION_EMBEDDINGS, VISION_RUNS, VISION_ERROR),
     uses_gpu=True,
     help="pictures and video frames",
     error_output=VISION_ERROR.name,
@@ -122,7 +125,10 @@ AUDIO_ENCODER = StageSpec(
 )
 LANGUAGE_MODEL = StageSpec(
     "language_model",
-    (INPUT_IDS, POSITION_IDS, PLAN, VISION_EMBEDDINGS, AUDIO_EMBEDDINGS, VISION_ERROR, AUDIO_ERROR, CANCEL, RENEW),
+    (
+        *(INPUT_IDS, POSITION_IDS, PLAN, VISION_EMBEDDINGS, VISION_RUNS, AUDIO_EMBEDDINGS),
+        *(VISION_ERROR, AUDIO_ERROR, CANCEL, RENEW),
+    ),
     DELTA,
     decoupled=True,
     uses_gpu=True,
@@ -146,7 +152,7 @@ CHAT = EnsembleSpec(
         Step(
             "vision_encoder",
             {"vision_features": "vision_features"},
-            {n: n for n in ("vision_embeddings", "vision_error")},
+            {n: n for n in ("vision_embeddings", "vision_runs", "vision_error")},
         ),
         Step(
             "audio_encoder",
@@ -159,7 +165,7 @@ CHAT = EnsembleSpec(
                 n: n
                 for n in (
                     *("input_ids", "position_ids", "plan"),
-                    *("vision_embeddings", "vision_error", "audio_embeddings", "audio_error"),
+                    *("vision_embeddings", "vision_runs", "vision_error", "audio_embeddings", "audio_error"),
                 )
             },
             _DELTA_MAP,

@@ -13,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from ..contract.errors import ErrorKind, TriptychError, invalid
 from ..contract.features import EncoderItem, unpack
 from ..contract.settings import Settings
-from ..families.base import Encoder
+from ..families.base import Encoder, PrunedRows
 from ..families.checkpoint import find_checkpoint
 from ..families.loading import stage_dtype
 from ..families.registry import load_family
 from ..stage import Responder, Stage, Telemetry
 from .cache import EmbeddingCache
+
+Rows = torch.Tensor | PrunedRows
 
 
 @dataclass(eq=False)
@@ -177,7 +180,7 @@ class EncoderStage(Stage):
         return jobs
 
     def _encode_jobs(self, jobs: Sequence[_Job]) -> None:
-        known: dict[str, torch.Tensor] = {}
+        known: dict[str, Rows] = {}
         new: dict[str, EncoderItem] = {}
         for job in jobs:
             for item in job.items:
@@ -214,14 +217,15 @@ class EncoderStage(Stage):
             rows += item.num_rows
         return parts
 
-    def _encode(self, items: Sequence[EncoderItem], known: dict[str, torch.Tensor]) -> None:
+    def _encode(self, items: Sequence[EncoderItem], known: dict[str, Rows]) -> None:
         assert self._encoder is not None
         results = self._encoder.encode(items)
         for item, rows in zip(items, results, strict=True):
-            if rows.shape != (item.num_rows, self._encoder.width):
+            shape = tuple(PrunedRows.tensor(rows).shape)
+            if shape != (item.num_rows, self._encoder.width):
                 raise TriptychError(
                     ErrorKind.STAGE_FAILED,
-                    f"the {item.modality} encoder gave embeddings {tuple(rows.shape)} where "
+                    f"the {item.modality} encoder gave embeddings {shape} where "
                     f"({item.num_rows}, {self._encoder.width}) were expected",
                 )
         for item, rows in zip(items, results, strict=True):
@@ -229,7 +233,7 @@ class EncoderStage(Stage):
             self._cache.put(item.digest, rows)
 
     def _encode_each(
-        self, jobs: Sequence[_Job], items: Sequence[EncoderItem], known: dict[str, torch.Tensor], cause: Exception
+        self, jobs: Sequence[_Job], items: Sequence[EncoderItem], known: dict[str, Rows], cause: Exception
     ) -> None:
         """After a batch has failed: one request at a time, so that the others do not pay for the bad one."""
         digests = {item.digest for item in items}
@@ -246,12 +250,12 @@ class EncoderStage(Stage):
             if error is not None:
                 self._fail(job, self._blame(job, error))
 
-    def _answer(self, jobs: Sequence[_Job], known: Mapping[str, torch.Tensor]) -> None:
+    def _answer(self, jobs: Sequence[_Job], known: Mapping[str, Rows]) -> None:
         """Send the embeddings of every request that has them all."""
         ready = [job for job in jobs if not job.done and all(item.digest in known for item in job.items)]
         if not ready:
             return
-        outputs = [torch.cat([known[item.digest] for item in job.items]) for job in ready]
+        outputs = [torch.cat([PrunedRows.tensor(known[item.digest]) for item in job.items]) for job in ready]
         if torch.device(self.device).type == "cuda":
             # The receiver reads the memory from another process, outside this stream's order.
             torch.cuda.current_stream(torch.device(self.device)).synchronize()
@@ -259,7 +263,11 @@ class EncoderStage(Stage):
             outputs = [rows.float() for rows in outputs]
         for job, rows in zip(ready, outputs, strict=True):
             if self._finish(job, "ok"):
-                job.responder.send({self._output: rows.contiguous()}, final=True)
+                answer: dict[str, Any] = {self._output: rows.contiguous()}
+                pruned = [found.runs for item in job.items if isinstance(found := known[item.digest], PrunedRows)]
+                if pruned:
+                    answer[f"{self.encoder_name}_runs"] = np.concatenate(pruned).astype(np.int32)
+                job.responder.send(answer, final=True)
 
     def _blame(self, job: _Job, error: Exception) -> TriptychError:
         kind = error.kind if isinstance(error, TriptychError) else ErrorKind.STAGE_FAILED

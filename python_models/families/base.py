@@ -114,6 +114,24 @@ class WeightSource(Protocol):
         """Everything that is wanted has been taken."""
 
 
+@dataclass(frozen=True)
+class PrunedRows:
+    """What is left of an item's rows.
+
+    Attributes:
+        rows: [n, width], as many as the prompt has tokens for the item.
+        runs: how many of them belong to each of ``MediaItem.runs``.
+    """
+
+    rows: torch.Tensor
+    runs: tuple[int, ...]
+
+    @staticmethod
+    def tensor(rows: torch.Tensor | PrunedRows) -> torch.Tensor:
+        """The rows alone, whatever is left of them."""
+        return rows.rows if isinstance(rows, PrunedRows) else rows
+
+
 class Preprocessor(Protocol):
     """A family's part of the preprocess stage. Thread-safe: many requests are prepared at once."""
 
@@ -142,8 +160,11 @@ class Encoder(Protocol):
     width: int
     """Columns of an embedding row: hidden size * (1 + deepstack layers)."""
 
-    def encode(self, items: Sequence[EncoderItem]) -> list[torch.Tensor]:
-        """Run the tower and projector over a packed batch; per item [num_rows, width] on the encoder's device."""
+    def encode(self, items: Sequence[EncoderItem]) -> list[torch.Tensor | PrunedRows]:
+        """Run the tower and projector over a packed batch; per item [num_rows, width] on the encoder's device.
+
+        :class:`PrunedRows` are for items whose plan has runs.
+        """
 
 
 class Family(Protocol):

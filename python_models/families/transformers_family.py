@@ -24,7 +24,8 @@ from ..contract.plan import MediaItem
 from ..contract.request import Message
 from ..contract.settings import Settings
 from ..media.types import Medium, Video
-from .base import Decoder, FrameSampling, Prepared, WeightSource
+from . import evs
+from .base import Decoder, FrameSampling, Prepared, PrunedRows, WeightSource
 from .checkpoint import Checkpoint
 from .loading import load_part, meta_model, model_class, outline
 from .prompt import PromptWriter
@@ -63,8 +64,13 @@ class TransformersPreprocessor(ABC):
         self.context_length = context_length(self.config)
         self._tokens = {modality: self.token_id(modality) for modality in encoders}
         self._fingerprints = {modality: self._fingerprint(modality) for modality in encoders}
-        # The first call fixes the tokenizer's padding and truncation, so that later ones, from several threads at
-        # once, never change it.
+        can_prune = "video" in encoders and not hasattr(self.base, "get_rope_index")
+        can_prune = can_prune and type(self).video_grid is not TransformersPreprocessor.video_grid
+        self._pruning = evs.pruning_rate(settings, self.config, possible=can_prune)
+        self.first_call()
+
+    def first_call(self) -> None:
+        """Fixes the tokenizer's padding and truncation, so that later calls, from several threads, never change it."""
         self.processor(text=["a"], return_tensors=None)
 
     def load_processor(self, folder: Path, settings: Settings) -> Any:
@@ -92,6 +98,13 @@ class TransformersPreprocessor(ABC):
     def num_tokens(self, modality: str, tensors: Tensors) -> int:
         """Tokens of the prompt that stand for it: one for each row, but where rows are no tokens' embeddings."""
         return self.num_rows(modality, tensors)
+
+    def video_grid(self, tensors: Tensors) -> evs.Grid:
+        """Frames of a video, rows and columns of the tokens of each, where a video's rows are just these.
+
+        Families that say so can leave out tokens of videos, see :mod:`.evs`.
+        """
+        raise NotImplementedError
 
     def variant(self, modality: str, tensors: Tensors) -> str:
         """What an item's embeddings depend on beside its medium and the processor's options."""
@@ -137,6 +150,10 @@ class TransformersPreprocessor(ABC):
         ids = np.asarray(prompt.fill(_first_row(batch["input_ids"])), dtype=np.int32)
         features = self.split_features(batch, grouped) if grouped else {}
         items, encoder_items = self._items(ids, media, features)
+        if self._pruning and "video" in grouped:
+            ids, items, encoder_items = evs.shorten(
+                ids, items, encoder_items, lambda item: self.video_grid(item.tensors), self._pruning
+            )
         types = np.zeros(len(ids), dtype=np.int32)
         for item in items:
             for start, end in item.spans:
@@ -265,20 +282,22 @@ class TransformersEncoder(ABC):
         """Run the tower over items of one modality: rows of all items, a tensor or one tensor per item."""
 
     @torch.no_grad()
-    def encode(self, items: Sequence[EncoderItem]) -> list[torch.Tensor]:
+    def encode(self, items: Sequence[EncoderItem]) -> list[torch.Tensor | PrunedRows]:
         """See :meth:`.base.Encoder.encode`."""
-        rows: dict[int, torch.Tensor] = {}
+        rows: dict[int, torch.Tensor | PrunedRows] = {}
         for modality in dict.fromkeys(item.modality for item in items):
             chosen = [k for k, item in enumerate(items) if item.modality == modality]
             out = self.features(modality, [items[k] for k in chosen])
             flat = (out if isinstance(out, torch.Tensor) else torch.cat(list(out))).reshape(-1, self.width)
-            counts = [items[k].num_rows for k in chosen]
+            counts = [_tower_rows(items[k]) for k in chosen]
             if len(flat) != sum(counts):
                 raise TriptychError(
                     ErrorKind.STAGE_FAILED,
                     f"the {modality} encoder gave {len(flat)} embedding rows where {sum(counts)} were expected",
                 )
-            rows.update(zip(chosen, torch.split(flat, counts), strict=True))
+            for k, own in zip(chosen, torch.split(flat, counts), strict=True):
+                pruning = items[k].tensors.get(evs.TENSOR)
+                rows[k] = own if pruning is None else evs.prune(own, pruning)
         return [rows[k] for k in range(len(items))]
 
     def to_device(self, array: NDArray[np.generic]) -> torch.Tensor:
@@ -412,6 +431,12 @@ class TransformersFamily(ABC):
             dtype=dtype,
             dummy=self.settings.load_format == "dummy",
         )
+
+
+def _tower_rows(item: EncoderItem) -> int:
+    """Rows of an item before any is left out."""
+    pruning = item.tensors.get(evs.TENSOR)
+    return item.num_rows if pruning is None else int(pruning[1:].prod())
 
 
 def _path_of(model: Any, wanted: Any) -> str:

@@ -15,6 +15,7 @@ from .engine.request import Prompt
 from .runner.cross import CrossLayout, CrossMedia
 from .runner.rope import RopeSwitch
 from .runner.step import MediaRows
+from .runs import settle
 
 STAGE = "language_model"
 _NOTHING: Mapping[str, int | None] = {}
@@ -75,6 +76,13 @@ def read_prompt(
     position_ids = np.array(inputs["position_ids"], dtype=np.int64)
     if position_ids.shape != (num_axes, length):
         raise _wrong(f"position_ids have shape {position_ids.shape}, but {(num_axes, length)} is needed")
+    plan_items = plan.items
+    runs = inputs.get("vision_runs")
+    if runs is not None or any(item.runs for item in plan_items):
+        try:
+            token_ids, plan_items = settle(token_ids, plan_items, [] if runs is None else np.array(runs).tolist())
+        except ValueError as error:
+            raise _wrong(str(error)) from None
     media = []
     across: CrossMedia | None = None
     is_text = np.ones(length, dtype=np.bool_)
@@ -84,7 +92,7 @@ def read_prompt(
         if item.modality not in ("image", "video", "audio"):
             raise _wrong(f"the plan names an unknown modality {item.modality!r}")
     for encoder, tensor in _EMBEDDINGS.items():
-        items = [item for item in plan.items if item.encoder == encoder]
+        items = [item for item in plan_items if item.encoder == encoder]
         rows = inputs.get(tensor)
         if not items and rows is None:
             continue
@@ -102,7 +110,7 @@ def read_prompt(
         raise _wrong(
             f"input_ids hold {int(text_ids.min())} to {int(text_ids.max())}, but token ids are 0 to {vocab_size - 1}"
         )
-    spans = sorted(span for item in plan.items if item.modality in bidirectional for span in item.spans)
+    spans = sorted(span for item in plan_items if item.modality in bidirectional for span in item.spans)
     position_ids, generated = _with_extras(position_ids, plan.extras, token_extras)
     switch_at = None
     if rope_switch is not None:
@@ -115,7 +123,7 @@ def read_prompt(
         token_ids,
         position_ids,
         plan.rope_delta,
-        plan.items,
+        plan_items,
         tuple(media),
         tuple(spans),
         generated,
