@@ -136,7 +136,20 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(reads) == 4
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2_5_vl",
+        "gemma3",
+        "gemma3_text",
+        "janus_published",
+        "deepseek_ocr",
+        "deepseek_ocr2_published",
+        "deepseek_vl2",
+        "deepseek_vl2_small",
+        "deepseek_vl2_tiny",
+    ],
+)
 def test_one_file_and_a_family(tiny_checkpoint: Callable[[str], Path], name: str) -> None:
     folder = tiny_checkpoint(name)
     family = load_family(Settings(model=str(folder)))
