@@ -185,12 +185,11 @@ def test_numpy_and_torch_and_half_precision_embeddings(make_tiny):
     ("change", "reason"),
     [
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
-        ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "2 layers with attention and 1 with a"),
         ({"num_kv_shared_layers": 1}, "share keys and values"),
         ({"use_bidirectional_attention": True}, "bidirectional attention over text"),
         ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "longrope for one type of layers"),
         ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "dynamic for one type of layers"),
-        ({"num_hidden_layers": 4}, "4 layers with attention"),
+        ({"num_hidden_layers": 4}, "4 layers, 3 with attention"),
     ],
 )
 def test_decoders_that_would_give_other_tokens_are_refused(make_tiny, change, reason):

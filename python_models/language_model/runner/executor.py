@@ -170,11 +170,12 @@ class ModulesExecutor:
         across = frozenset(getattr(decoder.config, "cross_attention_layers", None) or ())
         attending = {layer for layer, kind in enumerate(kinds) if kind in _ATTENTION_LAYERS} - across
         recurrent = {layer for layer, kind in enumerate(kinds) if kind in RECURRENT_LAYERS}
-        if set(probe.layers) != attending or probe.calls != len(attending) or set(probe.states.shapes) != recurrent:
+        wrong = set(probe.layers) != attending or probe.calls != len(attending) or len(kinds) != expected
+        if wrong or set(probe.states.shapes) != recurrent:
             raise TriptychError(
                 ErrorKind.UNSUPPORTED,
-                f"{type(model).__name__} has {len(attending)} layers with attention and {len(recurrent)} with a "
-                f"recurrent state, but {len(probe.layers)} keep keys and values that can be paged and "
+                f"{type(model).__name__} has {expected} layers, {len(attending)} with attention and {len(recurrent)} "
+                f"with a recurrent state, but {len(probe.layers)} keep keys and values that can be paged and "
                 f"{len(probe.states.shapes)} a state that is known; other state is not supported",
                 "model",
                 "language_model",
