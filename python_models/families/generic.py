@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -40,6 +41,7 @@ class GenericPreprocessor(TransformersPreprocessor):
     """Any processor whose placeholder tokens are those of the configuration."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
+        self._lock = threading.Lock()
         super().__init__(checkpoint, settings, model, encoders)
         self._names = {
             modality: frozenset(inspect.signature(getattr(self.base, f"get_{modality}_features")).parameters)
@@ -55,6 +57,14 @@ class GenericPreprocessor(TransformersPreprocessor):
                     f"{self._placeholder(modality)!r} in the prompt for its {modality}",
                     "settings.model",
                 )
+
+    def first_call(self) -> None:
+        """Some processors want a medium with every text: without one, the tokenizer alone is called."""
+        try:
+            self.processor(text=["a"], return_tensors="pt")
+            self._takes_text = True
+        except (TypeError, ValueError):
+            self._takes_text = False
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Frames are those sampled while decoding."""
@@ -99,6 +109,16 @@ class GenericPreprocessor(TransformersPreprocessor):
         """Grids, times per grid and the like, by the processor's own names."""
         own = ("input_ids", "attention_mask", "mm_token_type_ids")
         return {name: value for name, value in batch.items() if name not in own}
+
+    def _call(self, text: str, grouped: Mapping[str, Sequence[Medium]]) -> Mapping[str, Any]:
+        # a tokenizer whose padding differs from call to call must not be called twice at once
+        with self._lock:
+            if grouped or self._takes_text:
+                return super()._call(text, grouped)
+            tokenizer = self.processor.tokenizer
+            begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+            batch: Mapping[str, Any] = tokenizer([text], return_tensors="pt", add_special_tokens=not begun)
+            return batch
 
     def _alone(self, medium: Medium) -> Tensors:
         modality = medium.modality

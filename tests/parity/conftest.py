@@ -201,7 +201,13 @@ class Parts:
         bos = getattr(self.processor, "tokenizer", self.processor).bos_token
         if bos is not None and text.startswith(bos):
             arguments["add_special_tokens"] = False
-        return dict(self.processor(text=[text], return_tensors="pt", **arguments))
+        try:
+            return dict(self.processor(text=[text], return_tensors="pt", **arguments))
+        except (TypeError, ValueError):
+            if chat.media:
+                raise
+            # some processors want a medium with every text
+            return dict(self.processor.tokenizer([text], return_tensors="pt", **arguments))
 
     def reference_tokens(self, chat: Chat, new_tokens: int = NEW_TOKENS) -> list[int]:
         """What transformers' ``generate`` answers, greedily."""
