@@ -10,6 +10,8 @@ import torch
 
 TILES = ("llava_next", "llava_next_video", "llava_onevision", "internvl", "llava_v1_6_mistral", "internvl2_internlm2")
 SIZES = ("llava", "pixtral", "mistral3", "lighton_ocr", "llava_v1_5")
+# Without --families only these.
+QUICK = ("llava_next", "llava_onevision", "internvl", "mistral3")
 # width, height
 SHAPES = ((300, 200), (200, 300), (31, 400), (640, 640), (400, 9), (12, 10))
 
@@ -25,7 +27,11 @@ def check(parts: Any, chat: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [*TILES, *SIZES])
-def test_large_and_extreme_pictures(make_parts: Callable[[str], Any], name: str) -> None:
+def test_large_and_extreme_pictures(
+    make_parts: Callable[[str], Any], name: str, request: pytest.FixtureRequest
+) -> None:
+    if name not in QUICK and not request.config.getoption("--families"):
+        pytest.skip("one of make parity's")
     parts = make_parts(name)
     tiles = set()
     # of the smallest picture transformers' Mistral 3 cannot tell the only row from none
