@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from PIL import Image as PILImage
+from torch.nn.functional import interpolate
 
 from ...kernels.image import normalise_patchify
 from ..contract.errors import ErrorKind, TriptychError
@@ -15,13 +18,13 @@ RAW = {"do_rescale": False, "do_normalize": False}
 """Options of an image or video processor that leave pixels as they are."""
 
 
-def check_bytes(processor: Any) -> None:
-    """Refuse an image processor that does not keep pixels as bytes.
+def check_bytes(processor: Any, output: str = "pixel_values") -> None:
+    """Refuse an image processor that does not keep pixels as bytes. Args: it; what it calls them.
 
     This is also the first call of lazily imported code, which would otherwise delay the first request.
     """
     probe = processor(PILImage.new("RGB", (64, 64)), return_tensors="pt", **RAW)
-    if probe["pixel_values"].dtype != torch.uint8:
+    if probe[output].dtype != torch.uint8:
         raise TriptychError(
             ErrorKind.UNSUPPORTED,
             f"{type(processor).__name__} does not keep pixels as uint8: install torchvision, with which transformers "
@@ -80,3 +83,70 @@ def keep_pictures_whole(processor: Any) -> bool:
         return True
     processor.__class__ = own
     return False
+
+
+class PictureSizes:
+    """Stands before an image processor of the Qwen-VL line: pictures keep their size, and only grids are computed.
+
+    What is far larger than the tower will see it goes through the processor itself, as do other calls.
+    """
+
+    _MOST = 2.0
+    """Pixels of a picture as it came for each that is left after resizing."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._resized = sys.modules[_origin(processor).__module__].smart_resize
+
+    @staticmethod
+    def fits(processor: Any) -> bool:
+        """Whether a processor resizes by the rule of the Qwen-VL line, with the filter that :func:`resized` uses."""
+        plain = processor.do_resize and int(processor.resample) == int(PILImage.Resampling.BICUBIC)
+        return plain and hasattr(sys.modules[_origin(processor).__module__], "smart_resize")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, images: Any, **options: Any) -> Mapping[str, Any]:
+        """As the processor; where every picture may keep its size, ``pixel_values`` has no rows."""
+        own = self._processor
+        flat = images if isinstance(images, list) else [images]
+        if set(options) - {"return_tensors", *RAW} or not all(isinstance(image, PILImage.Image) for image in flat):
+            return dict(own(images, **options))
+        grids = []
+        for image in flat:
+            height, width = self._resized(
+                image.height,
+                image.width,
+                factor=own.patch_size * own.merge_size,
+                min_pixels=own.size["shortest_edge"],
+                max_pixels=own.size["longest_edge"],
+            )
+            if image.height * image.width > self._MOST * height * width:
+                return dict(own(images, **options))
+            grids.append([1, height // own.patch_size, width // own.patch_size])
+        return {"pixel_values": torch.empty(0, dtype=torch.uint8), "image_grid_thw": torch.tensor(grids)}
+
+
+def resized(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """A picture of another size by bicubic interpolation with antialiasing, as torchvision resizes on a GPU.
+
+    On a CPU torchvision computes in whole numbers: values differ by one step of 255 at most, now and then by two.
+
+    Args:
+        picture: uint8 [H, W, C].
+
+    Returns:
+        uint8 [height, width, C], contiguous.
+    """
+    if tuple(picture.shape[:2]) == (height, width):
+        return picture
+    planes = picture.permute(2, 0, 1)[None].float()
+    out = interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    return out[0].round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def _origin(processor: Any) -> type:
+    """The class of transformers behind that of :func:`keep_pictures_whole`."""
+    own = type(processor)
+    return own.__mro__[1] if own.__mro__[1].__name__ == own.__name__ else own

@@ -27,6 +27,8 @@ _FAMILIES = {
     "internvl": ("internvl", "InternVL"),
     "internvl_chat": ("internvl_original", "InternVLChat"),
     "janus": ("janus", "Janus"),
+    "kimi_k25": ("kimi", "Kimi25"),
+    "kimi_vl": ("kimi", "KimiVL"),
     "lighton_ocr": ("mistral3", "LightOnOcr"),
     "llava": ("llava", "Llava"),
     "llava_mistral": ("llava_original", "original"),
