@@ -56,7 +56,10 @@ class Settings:
         max_audio_s: seconds of one sound at most.
         max_media_bytes: encoded bytes of one medium at most.
         max_media_items: media in one request at most.
-        max_batch_rows: embedding rows one encoder batch computes at most.
+        max_batch_rows: embedding rows one encoder batch computes at most. More at a time makes no faster work of large
+            pictures, and all wait for the last of them.
+        gpu_preprocessing: "auto" (on where the encoders have a GPU), "on" or "off": resize pictures on the encoder's
+            device where the family can. Pixels differ from the processor's by a step of 255 here and there.
         allowed_media_hosts: "host" or "host:port" that http(s) media may come from although it is loopback or
             private.
         preprocess_instances: processes of the preprocess stage.
@@ -98,7 +101,8 @@ class Settings:
     max_audio_s: float = 1800.0
     max_media_bytes: int = 256 * 2**20
     max_media_items: int = 64
-    max_batch_rows: int = 16384
+    max_batch_rows: int = 4096
+    gpu_preprocessing: str = "auto"
     allowed_media_hosts: tuple[str, ...] = ()
     preprocess_instances: int = 1
     torch_threads: int = 0
@@ -169,6 +173,7 @@ _CHOICES = {
     "attention_backend": ("auto", "triton", "flash_attn", "sdpa"),
     "decoder_backend": ("auto", "fused", "transformers"),
     "overlap": ("auto", "on", "off"),
+    "gpu_preprocessing": ("auto", "on", "off"),
 }
 _MINIMUM = {
     "tp": 1,

@@ -18,7 +18,7 @@ from ..contract.features import EncoderItem
 from ..contract.settings import Settings
 from ..media.types import Image, Medium, Video
 from .checkpoint import Checkpoint
-from .pixels import RAW, check_bytes, keep_pictures_whole, normalisation
+from .pixels import RAW, PictureSizes, check_bytes, keep_pictures_whole, normalisation, resized
 from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
 
 _NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -33,6 +33,8 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
         self._normalisation = {m: normalisation(p, m) for m, p in self._processors.items()}
         check_bytes(self.processor.image_processor)
         self._whole = keep_pictures_whole(self.processor.image_processor)
+        if settings.gpu_preprocessing == "on" and self._whole and PictureSizes.fits(self.processor.image_processor):
+            self.processor.image_processor = PictureSizes(self.processor.image_processor)
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Pixels stay uint8; frames are those sampled while decoding."""
@@ -55,7 +57,8 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
     ) -> dict[str, list[Tensors]]:
         """Per item ``grid`` int64 [3], ``mean``, ``std``, and its pixels, uint8.
 
-        Those are ``picture`` [channels, height, width] or ``patches`` [patches, channels, frames, pixels].
+        Those are ``raw`` [height, width, channels], not resized yet, ``picture`` [channels, height, width], or
+        ``patches`` [patches, channels, frames, pixels].
         """
         out: dict[str, list[Tensors]] = {}
         for modality, (pixels, grid) in _NAMES.items():
@@ -65,6 +68,13 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
             processor = self._processors[modality]
             mean, std = self._normalisation[modality]
             patches = batch[pixels]
+            if modality == "image" and not len(patches):
+                out[modality] = [
+                    {"raw": np.asarray(medium.data.pixels), "grid": grids[k], "mean": mean, "std": std}
+                    for k, medium in enumerate(media[modality])
+                    if isinstance(medium.data, Image)
+                ]
+                continue
             if modality == "image" and self._whole:
                 out[modality] = [
                     {"picture": picture.reshape(len(mean), *size).numpy(), "grid": grids[k], "mean": mean, "std": std}
@@ -112,11 +122,14 @@ class QwenVisionEncoder(TransformersEncoder):
         vision = self.config.vision_config
         # towers whose patches are of one frame have no such option
         frames = getattr(vision, "temporal_patch_size", 1)
-        if "picture" not in item.tensors:
+        if "patches" in item.tensors:
             return normalise_patches(self.to_device(item.tensors["patches"]), mean, std, frames, self.dtype)
-        picture = self.to_device(item.tensors["picture"]).permute(1, 2, 0).contiguous()
-        patch = picture.shape[0] // int(item.tensors["grid"][1])
-        merge = int(vision.spatial_merge_size)
+        patch, merge = int(vision.patch_size), int(vision.spatial_merge_size)
+        if "raw" in item.tensors:
+            height, width = (int(patch * edge) for edge in item.tensors["grid"][1:])
+            picture = resized(self.to_device(item.tensors["raw"]), height, width)
+        else:
+            picture = self.to_device(item.tensors["picture"]).permute(1, 2, 0).contiguous()
         return normalise_patchify(picture, mean, std, patch, merge, frames, self.dtype)
 
 

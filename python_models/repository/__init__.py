@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..contract.errors import invalid
@@ -41,6 +42,8 @@ def write(
     """
     if embedding_dtype not in EMBEDDING_DTYPES:
         raise invalid(f"embedding dtype must be one of {', '.join(EMBEDDING_DTYPES)}, got {embedding_dtype!r}")
+    if settings.gpu_preprocessing == "auto":
+        settings = replace(settings, gpu_preprocessing="on" if gpu_ids else "off")
     classes = dict(stage_classes or {})
     if unknown := sorted(set(classes) - set(STAGES)):
         raise invalid(f"unknown stage {unknown[0]!r}; there are: {', '.join(STAGES)}", "stage_classes")

@@ -1,0 +1,59 @@
+"""Pictures that the encoder resizes, cuts and normalises, beside what the processor makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from triptych.python_models.contract.request import MediaPart, Message, TextPart
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.families.registry import load_family
+from triptych.python_models.media.types import Image, Medium
+
+
+def prepared(family: Any, *sizes: tuple[int, int]) -> Any:
+    media, parts = [], []
+    for k, (width, height) in enumerate(sizes):
+        # smooth, as pictures are: noise would show nothing of a filter's last digit
+        coarse = np.random.default_rng(k).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+        picture = PILImage.fromarray(coarse).resize((width, height), PILImage.Resampling.BILINEAR)
+        media.append(Medium("image", Image(picture), f"{k}", "messages[0]"))
+        parts.append(MediaPart("image", blob=k))
+    message = Message("user", (*parts, TextPart("what?")), plain=False)
+    return family.load_preprocessor().prepare((message,), tuple(media))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_resized_by_the_encoder(name: str, device: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    folder = str(tiny_checkpoint(name))
+    usual, early = (load_family(Settings(model=folder, gpu_preprocessing=mode)) for mode in ("off", "on"))
+    sizes = (57, 41), (64, 64), (90, 33)
+    expected, found = prepared(usual, *sizes), prepared(early, *sizes)
+    assert found.input_ids.tolist() == expected.input_ids.tolist()
+    assert np.array_equal(found.position_ids, expected.position_ids)
+    assert [item.digest for item in found.items] == [item.digest for item in expected.items]
+    encoder: Any = early.load_encoder("vision", device, torch.float32)
+    for (width, height), own, other in zip(sizes, found.features["vision"], expected.features["vision"], strict=True):
+        assert own.tensors["raw"].shape == (height, width, 3)
+        std = float(torch.tensor(own.tensors["std"]).min())
+        steps = (encoder._pixels(own) - encoder._pixels(other)).abs() * std
+        assert float(steps.max()) < 2.5
+        assert float((steps > 0.5).float().mean()) < 0.25
+
+
+def test_far_larger_pictures_are_resized_before(tiny_checkpoint: Callable[[str], Path]) -> None:
+    family = load_family(Settings(model=str(tiny_checkpoint("qwen2_5_vl")), gpu_preprocessing="on"))
+    (item,) = prepared(family, (400, 300)).features["vision"]
+    assert "raw" not in item.tensors
+    assert item.tensors["picture"].nbytes < 400 * 300
