@@ -203,16 +203,16 @@ def _class() -> Any:
     from transformers.conversion_mapping import register_checkpoint_conversion_mapping
     from transformers.core_model_loading import Chunk, ConversionOps, WeightConverter, WeightRenaming
 
-    class SplitGroups(ConversionOps):  # type: ignore[misc]
+    class SplitGroups(ConversionOps):
         """One matrix [groups * (queries + 2) * head, width]: the queries of a group of heads, its key, its value."""
 
         def convert(
-            self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], *, config: Any, **_: Any
+            self, input_dict: Any, source_patterns: list[str], target_patterns: list[str], **kwargs: Any
         ) -> Any:
             """Three matrices."""
             found = next(iter(input_dict.values()))
             joined = found[0] if isinstance(found, list) else found
-            text = config.get_text_config()
+            text = kwargs["config"].get_text_config()
             groups = text.num_key_value_heads
             head = text.hidden_size // text.num_attention_heads
             parts = joined.view(groups, -1, head, *joined.shape[1:])

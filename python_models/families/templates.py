@@ -9,7 +9,7 @@ order.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,7 @@ def _quote(text: str) -> str:
 
 
 def _chat(
-    system: Frame,
-    user: Frame,
-    assistant: Frame,
+    frames: Sequence[Frame],
     answer: str,
     media: Mapping[str, str],
     *,
@@ -54,7 +52,7 @@ def _chat(
     """A template of alternating turns.
 
     Args:
-        system, user, assistant: around a message of this role.
+        frames: around messages of the system, the user and the assistant.
         answer: what the assistant's answer follows on.
         media: modality -> what stands for a medium.
         begin: of the prompt.
@@ -62,6 +60,7 @@ def _chat(
         inside: the system message stands in the first user's message.
         strip: white space around messages is left out.
     """
+    system, user, assistant = frames
     places = "".join(
         f"{{%- elif part['type'] == {_quote(modality)} -%}}{{{{ {_quote(text)} }}}}" for modality, text in media.items()
     )
@@ -123,20 +122,20 @@ _INTERNVL_2_5 = (
 def _chatml(end: str, media: Mapping[str, str], default: str) -> str:
     """ChatML; ``end`` of a message."""
     frames = [(f"<|im_start|>{role}\n", end) for role in ("system", "user", "assistant")]
-    return _chat(*frames, "<|im_start|>assistant\n", media, default=default)
+    return _chat(frames, "<|im_start|>assistant\n", media, default=default)
 
 
 def _llama_3(media: Mapping[str, str]) -> str:
     heads = [f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user", "assistant")]
     frames = [(head, "<|eot_id|>") for head in heads]
-    return _chat(*frames, heads[-1], media, begin="<|begin_of_text|>", default=_SEEING)
+    return _chat(frames, heads[-1], media, begin="<|begin_of_text|>", default=_SEEING)
 
 
 def _deepseek(assistant: str, image: str, *, gap: str = "", default: str = "") -> str:
     """``gap`` stands behind a system message."""
     frames = [("", gap), ("<|User|>: ", "\n\n"), (assistant, _DEEPSEEK_END)]
     media = {"image": f"{image}\n"}
-    return _chat(*frames, "<|Assistant|>:", media, begin=_DEEPSEEK_BEGIN, default=default, strip=True)
+    return _chat(frames, "<|Assistant|>:", media, begin=_DEEPSEEK_BEGIN, default=default, strip=True)
 
 
 _ENDS_CHATML = ("<|im_end|>", "<|endoftext|>")
@@ -148,7 +147,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
     "chatml_direct": ChatTemplate(_chatml("<|im_end|>", _LLAVA, "Answer the questions."), _ENDS_CHATML),
     # no conversation: pictures, a line each, and an instruction
     "deepseek-ocr": ChatTemplate(
-        _chat(("", ""), ("", ""), ("", ""), "", {"image": "<image>\n"}, begin=_DEEPSEEK_BEGIN, strip=True),
+        _chat([("", "")] * 3, "", {"image": "<image>\n"}, begin=_DEEPSEEK_BEGIN, strip=True),
         (_DEEPSEEK_END,),
     ),
     "deepseek-vl2": ChatTemplate(_deepseek("<|Assistant|>:", "<image>"), (_DEEPSEEK_END,)),
@@ -160,14 +159,12 @@ TEMPLATES: dict[str, ChatTemplate] = {
     "llama_3_vision": ChatTemplate(_llama_3({"image": "<|image|>\n"}), _ENDS_LLAMA_3),
     "llava_llama_3": ChatTemplate(_llama_3(_LLAVA), _ENDS_LLAMA_3),
     "llava_mistral_instruct": ChatTemplate(
-        _chat(("<<SYS>>\n", "\n<</SYS>>\n\n"), ("[INST] ", " [/INST]"), (" ", " </s>"), "", _LLAVA, inside=True),
+        _chat([("<<SYS>>\n", "\n<</SYS>>\n\n"), ("[INST] ", " [/INST]"), (" ", " </s>")], "", _LLAVA, inside=True),
         ("</s>",),
     ),
     "phi3-chat": ChatTemplate(
         _chat(
-            ("<|system|>\n", "<|end|>"),
-            ("<|user|>\n", "<|end|>"),
-            ("<|assistant|>\n", "<|end|>"),
+            [("<|system|>\n", "<|end|>"), ("<|user|>\n", "<|end|>"), ("<|assistant|>\n", "<|end|>")],
             "<|assistant|>\n",
             _INTERNVL,
             default=_INTERNVL_2,
@@ -176,7 +173,7 @@ TEMPLATES: dict[str, ChatTemplate] = {
     ),
     "qwen2-vl": ChatTemplate(_chatml("<|im_end|>\n", _QWEN2_VL, _HELPFUL), ("<|im_end|>",)),
     "vicuna_v1.1": ChatTemplate(
-        _chat(("", " "), ("USER: ", " "), ("ASSISTANT: ", "</s>"), "ASSISTANT:", _LLAVA, default=_CURIOUS), ("</s>",)
+        _chat([("", " "), ("USER: ", " "), ("ASSISTANT: ", "</s>")], "ASSISTANT:", _LLAVA, default=_CURIOUS), ("</s>",)
     ),
 }
 # The same formats under the names that InternVL's config.json gives them; Hermes 2 writes as InternLM 2 does.
