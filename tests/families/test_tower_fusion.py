@@ -68,3 +68,18 @@ def test_what_computes_something_else_stays(caplog: pytest.LogCaptureFixture) ->
         assert fuse_tower(tower) == NOTHING
     assert tower[0] is norm
     assert "1 norms compute something else and stay" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_replayed_tower_gives_the_same_rows(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    family = load_family(Settings(model=str(tiny_checkpoint(name))))
+    encoder: Any = family.load_encoder("vision", "cuda", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for _ in range(4):
+            for grids in (((1, 6, 4),), ((2, 4, 10), (1, 8, 8))):
+                patches = torch.randn(sum(t * h * w for t, h, w in grids), 3 * 2 * 8 * 8, generator=generator).cuda()
+                found, expected = encoder._graphs(patches, grids), encoder.run(patches, grids)
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert len(encoder._graphs._captured) == 2
