@@ -14,6 +14,7 @@ MAX_STOP_STRINGS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_SPECULATIVE_TOKENS = 16
+MAX_NGRAM_SIZE = 1024
 MAX_GRAMMAR_BYTES = 128 * 1024
 # compiling takes time that grows with the square of it, at least
 MAX_SCHEMA_DEPTH = 128
@@ -75,6 +76,10 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         min_p: keep tokens with probability >= min_p * max probability (Nguyen et al. 2024), [0, 1].
         repetition_penalty: > 1 discourages tokens of prompt and output (Keskar et al. 2019), (0, 10].
+        no_repeat_ngram_size: no run of that many tokens of prompt and output may stand twice; 0 allows all. Not with
+            a grammar.
+        no_repeat_ngram_window_size: only runs within that many last tokens count; 0 for all. At least the size.
+        no_repeat_ngram_allowed_ids: token ids that may complete a run all the same.
         presence_penalty, frequency_penalty: OpenAI's, over generated tokens, [-2, 2].
         seed: makes sampling reproducible whatever else is in the batch; None draws one.
         stop: strings that end generation; they are not part of the answer.
@@ -97,6 +102,9 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    no_repeat_ngram_window_size: int = 0
+    no_repeat_ngram_allowed_ids: tuple[int, ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
@@ -126,7 +134,9 @@ class SamplingParams:
             if item is None and name in ("max_tokens", "seed", "speculative_tokens", "grammar"):
                 continue
             given[name] = _FIELDS[name](item, where)
-        return cls(**given)
+        params = cls(**given)
+        _check_repeats(params, f"{param}." if param else "")
+        return params
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as JSON values."""
@@ -196,6 +206,16 @@ def _repetition(value: Any, param: str) -> float:
     return result
 
 
+def _check_repeats(params: SamplingParams, prefix: str) -> None:
+    size, window = params.no_repeat_ngram_size, params.no_repeat_ngram_window_size
+    if window and not size <= window:
+        where = f"{prefix}no_repeat_ngram_window_size"
+        raise invalid(f"{where} must be 0 or at least no_repeat_ngram_size ({size}), got {window}", where)
+    if size and params.grammar is not None:
+        where = f"{prefix}no_repeat_ngram_size"
+        raise invalid(f"{where} is not allowed beside a grammar, which may leave no other way on", where)
+
+
 _FIELDS: dict[str, Any] = {
     "max_tokens": lambda v, p: check.integer(v, p, 1, 2**31 - 1),
     "min_tokens": lambda v, p: check.integer(v, p, 0, 2**31 - 1),
@@ -204,6 +224,9 @@ _FIELDS: dict[str, Any] = {
     "top_k": lambda v, p: check.integer(v, p, -1, 2**31 - 1),
     "min_p": lambda v, p: check.number(v, p, 0, 1),
     "repetition_penalty": _repetition,
+    "no_repeat_ngram_size": lambda v, p: check.integer(v, p, 0, MAX_NGRAM_SIZE),
+    "no_repeat_ngram_window_size": lambda v, p: check.integer(v, p, 0, 2**31 - 1),
+    "no_repeat_ngram_allowed_ids": _ids,
     "presence_penalty": lambda v, p: check.number(v, p, -2, 2),
     "frequency_penalty": lambda v, p: check.number(v, p, -2, 2),
     "seed": lambda v, p: check.integer(v, p, -(2**63), 2**63 - 1),

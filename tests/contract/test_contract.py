@@ -89,6 +89,16 @@ def test_request_round_trip() -> None:
         ({"sampling": {"n": 0}}, "sampling.n"),
         ({"sampling": {"n": 129}}, "sampling.n"),
         ({"sampling": {"speculative_tokens": 17}}, "sampling.speculative_tokens"),
+        ({"sampling": {"no_repeat_ngram_size": -1}}, "sampling.no_repeat_ngram_size"),
+        (
+            {"sampling": {"no_repeat_ngram_size": 9, "no_repeat_ngram_window_size": 8}},
+            "sampling.no_repeat_ngram_window_size",
+        ),
+        (
+            {"sampling": {"no_repeat_ngram_size": 9, "grammar": {"type": "regex", "value": "a"}}},
+            "sampling.no_repeat_ngram_size",
+        ),
+        ({"sampling": {"no_repeat_ngram_allowed_ids": 7}}, "sampling.no_repeat_ngram_allowed_ids"),
         ({"sampling": {"grammar": "x"}}, "sampling.grammar"),
         ({"sampling": {"grammar": {"type": "yaml"}}}, "sampling.grammar.type"),
         ({"sampling": {"grammar": {"type": "regex", "pattern": "a"}}}, "sampling.grammar.pattern"),

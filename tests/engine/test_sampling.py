@@ -331,3 +331,44 @@ def test_penalised_greedy_is_that_of_generate(make_tiny):
     answer = tiny.ask(tiny.stage(), prompt, repetition_penalty=1.4, max_tokens=30).ok()
     assert answer.token_ids == tiny.generate(prompt, 30, repetition_penalty=1.4)
     assert answer.token_ids != tiny.generate(prompt, 30)
+
+
+@pytest.mark.parametrize("window", [0, 7, 20])
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_runs_that_may_not_repeat_are_those_of_transformers(size: int, window: int) -> None:
+    from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
+    from transformers.models.unlimited_ocr.generation_unlimited_ocr import (
+        UnlimitedOcrSlidingWindowNoRepeatNgramLogitsProcessor,
+    )
+
+    if 0 < window < size:
+        pytest.skip("no run fits into the window")
+    processor = (
+        UnlimitedOcrSlidingWindowNoRepeatNgramLogitsProcessor(size, window)
+        if window
+        else NoRepeatNGramLogitsProcessor(size)
+    )
+    drawn = random.Random(size * 100 + window)
+    known = drawn.choices(range(3), k=drawn.randrange(12))
+    one = state(prompt=known, no_repeat_ngram_size=size, no_repeat_ngram_window_size=window)
+    assert one.needs_history
+    assert not one.plain
+    scores, banned = torch.randn(V), 0
+    for _ in range(60):
+        expected = processor(torch.tensor([known], dtype=torch.int64), scores[None].clone())
+        assert torch.equal(adjusted(scores[None], one), expected)
+        banned += int(expected.isinf().sum())
+        known.append(drawn.choices(range(3), [12, 3, 1])[0])
+        one.accept(known[-1])
+    assert banned
+
+
+def test_a_run_may_repeat_with_a_token_that_is_allowed() -> None:
+    # what may not be in the vocabulary is no token to forbid
+    prompt = [1, 2, 1, V + 5, 1, 3, 1]
+    scores = torch.zeros(1, V)
+    plain = state(prompt=prompt, no_repeat_ngram_size=2)
+    allowed = state(prompt=prompt, no_repeat_ngram_size=2, no_repeat_ngram_allowed_ids=(2, 9))
+    other = state(prompt=prompt)
+    found = adjusted(scores.expand(3, V), plain, allowed, other)
+    assert [row.isinf().nonzero().flatten().tolist() for row in found] == [[2, 3], [3], []]

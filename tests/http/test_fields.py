@@ -58,12 +58,17 @@ def test_sampling_fields_arrive() -> None:
         min_tokens=1,
         ignore_eos=True,
         skip_special_tokens=False,
+        no_repeat_ngram_size=30,
+        no_repeat_ngram_window_size=90,
+        no_repeat_ngram_allowed_ids=[128821, 128822],
     ).request.sampling
     assert (found.max_tokens, found.temperature, found.top_p, found.top_k, found.min_p) == (5, 0, 0.5, 3, 0.1)
     assert (found.seed, found.stop, found.stop_token_ids, found.logit_bias) == (7, ("x",), (4,), {9: -5.0})
     assert (found.logprobs, found.top_logprobs, found.min_tokens, found.ignore_eos) == (True, 2, 1, True)
     assert (found.presence_penalty, found.frequency_penalty, found.repetition_penalty) == (1, -1, 1.1)
     assert not found.skip_special_tokens
+    assert (found.no_repeat_ngram_size, found.no_repeat_ngram_window_size) == (30, 90)
+    assert found.no_repeat_ngram_allowed_ids == (128821, 128822)
 
 
 def test_defaults_are_those_of_openai() -> None:

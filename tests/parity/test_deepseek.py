@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from triptych.python_models.contract.sampling import SamplingParams
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families.registry import load_family
 from triptych.python_models.language_model.engine.detokenizer import Detokenizer, Vocabulary
+
+from .test_stages import Server, without_end
 
 NEW_TOKENS = 4
 # Name -> pictures with no tiles, a row of them, a column and a block.
@@ -141,3 +144,29 @@ def test_boxes_are_shown_where_special_tokens_are(parts: Any, skip: bool, text: 
     ids = tokenizer.encode("<|ref|>a<|/ref|><|det|>[[1, 2]]<|/det|>", add_special_tokens=False)
     detokenizer = Detokenizer(Vocabulary(tokenizer), SamplingParams(skip_special_tokens=skip))
     assert "".join(detokenizer.add(i).text for i in ids) + detokenizer.finish() == text
+
+
+@pytest.mark.parametrize("window", [0, 12])
+@pytest.mark.parametrize("overlap", ["on", "off"])
+def test_runs_do_not_repeat(
+    make_parts: Callable[[str], Any], new_answer: Callable[[], Any], window: int, overlap: str
+) -> None:
+    parts = make_parts("deepseek_ocr")
+    parts.settings = dataclasses.replace(parts.settings, overlap=overlap)
+    server = Server(parts, new_answer)
+    try:
+        chats = [parts.make.chat(parts.make.image(1), "a a a a"), parts.make.chat("b b b b b b b")]
+        options = {"no_repeat_ngram_size": 2, "no_repeat_ngram_window_size": window}
+        answers = [server.start(chat, max_tokens=24, **options) for chat in chats]
+        free = [parts.reference_tokens(chat, 24) for chat in chats]
+        found = [server.tokens(answer) for answer in answers]
+        if window:
+            parts.whole.generation_config.no_repeat_ngram_window_size = window
+        parts.whole.generation_config.no_repeat_ngram_size = 2
+        expected = [parts.reference_tokens(chat, 24) for chat in chats]
+        assert found == [without_end(parts, tokens) for tokens in expected]
+        assert expected != free
+    finally:
+        parts.whole.generation_config.no_repeat_ngram_size = None
+        parts.whole.generation_config.no_repeat_ngram_window_size = None
+        server.close()

@@ -56,9 +56,9 @@ class Server:
             embeddings |= tensors
         return embeddings
 
-    def start(self, chat: Any) -> Any:
+    def start(self, chat: Any, **options: Any) -> Any:
         prepared = self.parts.prepare(chat)
-        sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+        sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": NEW_TOKENS, **options})
         plan = Plan(prepared.items, sampling, prepared.rope_delta, extras=prepared.extras)
         inputs: Mapping[str, Any] = {
             "input_ids": prepared.input_ids,

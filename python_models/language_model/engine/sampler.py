@@ -1,8 +1,8 @@
 """Chooses the next token of every row of a step, in one batch on the device, without waiting for it.
 
 Order of operations per row: repetition, presence and frequency penalties, logit bias, suppression of stop tokens
-before ``min_tokens``, the grammar's mask; then argmax for greedy rows, else temperature, top-k, top-p, min-p and one
-draw.
+before ``min_tokens`` and of runs that may not repeat, the grammar's mask; then argmax for greedy rows, else
+temperature, top-k, top-p, min-p and one draw.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ....kernels.sampling import GREEDY_BELOW, draw, greedy
 from ...contract.sampling import SamplingParams
 from .grammar import GrammarState
+from .repetition import RepeatGuard
 
 # of a token's entry in the table of counts: the prompt holds it
 _IN_PROMPT = 1 << 30
@@ -54,6 +55,7 @@ class SamplerState:
             is launched, and an answer can have one row in a launch. Others may be launched ahead of the host.
         num_generated: accepted tokens.
         grammar: where the answer is in its grammar, or None.
+        guard: of runs that may not repeat, or None.
     """
 
     def __init__(
@@ -72,7 +74,16 @@ class SamplerState:
         self.num_generated = 0
         self.greedy = params.temperature < GREEDY_BELOW or params.top_k == 1
         self.tracks = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
-        self.needs_history = self.tracks or grammar is not None
+        self.guard: RepeatGuard | None = None
+        if params.no_repeat_ngram_size:
+            self.guard = RepeatGuard(
+                params.no_repeat_ngram_size,
+                params.no_repeat_ngram_window_size,
+                params.no_repeat_ngram_allowed_ids,
+                prompt_ids,
+                vocab_size,
+            )
+        self.needs_history = self.tracks or self.guard is not None or grammar is not None
         suppressed = sorted(i for i in stop_ids if i < vocab_size) if params.min_tokens else []
         self.suppressed: NDArray[np.int64] = np.array(suppressed, dtype=np.int64)
         self.bias_ids: NDArray[np.int64] = np.array(list(params.logit_bias), dtype=np.int64)
@@ -98,6 +109,8 @@ class SamplerState:
         self.num_generated += 1
         if self.tracks:
             self.untold.append(token_id)
+        if self.guard is not None:
+            self.guard.accept(token_id)
         if self.grammar is not None:
             self.grammar.accept(token_id)
 
@@ -237,6 +250,7 @@ class Sampler:
             parts["bias_at"] = np.concatenate([state.bias_ids + k * size for k, state in biased])
             parts["bias"] = np.concatenate([state.bias_values for _, state in biased])
         banned = [row.state.suppressed + k * size for k, row in enumerate(rows) if row.state.suppresses(row.number)]
+        banned += [row.state.guard.banned() + k * size for k, row in enumerate(rows) if row.state.guard is not None]
         if banned:
             parts["banned"] = np.concatenate(banned)
         masks = [(k, row.state.grammar.mask) for k, row in enumerate(rows) if row.state.grammar is not None]
