@@ -199,7 +199,7 @@ def main() -> None:
         before = _stage_times(url)
         for streams in args.streams:
             for protocol in args.protocols:
-                count = streams * (args.rounds if streams > 1 else 10) + min(streams, 8)
+                count = streams * (args.rounds if streams > 1 else 12) + min(streams, 8)
                 prompt = 20 if args.picture else args.prompt
                 requests = [
                     (
