@@ -267,6 +267,8 @@ class Parts:
             extra = {"visual_pos_masks": in_prompt, "deepstack_visual_embeds": deep}
         if any(item.cross is not None for item in prepared.items):
             extra = self._across(prepared, len(embeddings))
+        if self.decoder.token_arguments is not None:
+            extra |= self.decoder.token_arguments(torch.tensor([*prepared.input_ids.tolist(), *answer]))
         for name, later in self.decoder.token_extras.items():
             given = prepared.extras.get(name, later)
             values = given if isinstance(given, list) else [given] * len(prepared.input_ids)
