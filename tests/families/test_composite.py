@@ -15,7 +15,7 @@ from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families.registry import load_family
 
-COMPOSITES = ("dots_ocr", "dots_vlm", "minicpmv", "minicpmo", "step3_vl")
+COMPOSITES = ("dots_ocr", "dots_vlm", "minicpmv", "minicpmo", "step3_vl", "nvila", "nvila_lite")
 
 
 @pytest.fixture(params=COMPOSITES)
