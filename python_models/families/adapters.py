@@ -61,9 +61,11 @@ class AdaptedLinear(nn.Linear):
         self.up: torch.Tensor | None = None
 
     def stack(self, scales: Mapping[str, float]) -> None:
-        """Put the adapters' loaded weights side by side. Args: adapter -> factor on what it adds."""
-        self.down = torch.cat([layer.weight for layer in self.lora_A.values()]).detach()
-        self.up = torch.cat([layer.weight * scales[name] for name, layer in self.lora_B.items()], dim=1).detach()
+        """Put the adapters' loaded weights side by side. Args: adapter -> factor on what it adds, in the switch's
+        order."""
+        down = [self.lora_A.get_submodule(name).get_parameter("weight").data for name in scales]
+        up = [self.lora_B.get_submodule(name).get_parameter("weight") * scale for name, scale in scales.items()]
+        self.down, self.up = torch.cat(down).detach(), torch.cat(up, dim=1).detach()
         del self.lora_A, self.lora_B
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from ..contract.settings import Settings
 from ..media.types import Audio, Image, Medium
 from .base import Decoder
 from .checkpoint import Checkpoint
-from .loading import model_class
+from .loading import meta_model, model_class
 from .pixels import RAW, check_bytes, normalisation
 from .sounds import check_sound
 from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
@@ -155,7 +155,7 @@ class Gemma3n(TransformersFamily):
         "vision": ("vision_tower", "embed_vision"),
         "audio": ("audio_tower", "embed_audio"),
     }
-    modality_encoders = {"image": "vision", "audio": "audio"}  # noqa: RUF012 - an instance may have fewer
+    modality_encoders: ClassVar[Mapping[str, str]] = {"image": "vision", "audio": "audio"}
     preprocessor_class = Gemma3nPreprocessor
     encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]] = {
         "vision": Gemma3nVisionEncoder,
@@ -167,17 +167,20 @@ class Gemma3n(TransformersFamily):
         if find_spec("timm") is None:
             self.encoders = frozenset({"audio"})
 
-        # without timm not even the outline of the tower could be made
-        self.modality_encoders = {m: e for m, e in type(self).modality_encoders.items() if e in self.encoders}
-
     def load_config(self) -> Any:
-        """The checkpoint's; without timm nothing stands in the place of the vision tower."""
+        """The checkpoint's; without timm nothing stands in the place of the vision tower, which could not be made."""
         config = super().load_config()
         if "vision" not in self.encoders:
             options = config.vision_config.to_dict()
             options.pop("model_type")
             config.vision_config = _no_tower()(**options)
         return config
+
+    def load_preprocessor(self) -> TransformersPreprocessor:
+        """See :meth:`.base.Family.load_preprocessor`; of what there is an encoder for."""
+        model = meta_model(self.load_class(), self.load_config())
+        encoders = {m: encoder for m, encoder in self.modality_encoders.items() if encoder in self.encoders}
+        return self.preprocessor_class(self.checkpoint, self.settings, model, encoders)
 
     def decoder_parts(self, model: Any) -> list[str]:
         """Also the projectors, for their tables."""
@@ -220,10 +223,10 @@ def _no_tower() -> Any:
     """A configuration of a vision tower without anything in it."""
     config, model, auto = (model_class(name) for name in ("Gemma3nVisionConfig", "PreTrainedModel", "AutoModel"))
 
-    class NoTowerConfig(config):  # type: ignore[misc]
+    class NoTowerConfig(config):  # type: ignore[valid-type,misc]
         model_type = "gemma3n_no_vision"
 
-    class NoTower(model):  # type: ignore[misc]
+    class NoTower(model):  # type: ignore[valid-type,misc]
         config_class = NoTowerConfig
 
     auto.register(NoTowerConfig, NoTower)

@@ -35,7 +35,7 @@ class MllamaPreprocessor(TransformersPreprocessor):
         super().__init__(checkpoint, settings, model, encoders)
         self._mean, self._std = normalisation(self.processor.image_processor, "image")
         vision = self.config.vision_config
-        self._rows_of_tile = (vision.image_size // vision.patch_size) ** 2 + 1
+        self._rows_of_tile = int((vision.image_size // vision.patch_size) ** 2 + 1)
         self._max_tiles = int(self.processor.image_processor.max_image_tiles)
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:

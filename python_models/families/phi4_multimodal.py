@@ -221,18 +221,17 @@ class Phi4VisionEncoder(TransformersEncoder):
         for group in _alike([len(item.tensors["crops"]) for item in items]):
             chosen = [items[k] for k in group]
             masks = [self.to_device(item.tensors["mask"]) for item in chosen]
+            side = chosen[0].tensors["crops"].shape[-1]
             rows = _run(
                 self.base.embed_tokens_extend.image_embed,
                 self.config.vision_config.image_token_id,
                 sum(item.num_rows for item in chosen),
                 self.width,
                 image_pixel_values=torch.cat([self._pixels(item) for item in chosen]),
-                image_sizes=torch.from_numpy(
-                    np.stack([i.tensors["grid"] * i.tensors["crops"].shape[-1] for i in chosen])
-                ),
+                image_sizes=torch.from_numpy(np.stack([item.tensors["grid"] for item in chosen])) * side,
                 image_attention_mask=torch.stack([torch.cat([torch.ones_like(mask[:1]), mask]) for mask in masks]),
             )
-            for k, part in zip(group, rows.split([item.num_rows for item in chosen]), strict=True):
+            for k, part in zip(group, torch.split(rows, [item.num_rows for item in chosen]), strict=True):
                 out[k] = part
         return out
 
@@ -269,7 +268,7 @@ class Phi4AudioEncoder(TransformersEncoder):
                 audio_attention_mask=torch.stack([self.to_device(item.tensors["mask"]) for item in chosen]),
                 audio_projection_mode="vision" if chosen[0].tensors["beside"][0] else "speech",
             )
-            for k, part in zip(group, rows.split(counts), strict=True):
+            for k, part in zip(group, torch.split(rows, counts), strict=True):
                 out[k] = part
         return out
 
@@ -322,7 +321,7 @@ class Phi4Multimodal(TransformersFamily):
 
         switch = self.switch
 
-        class Phi4MM(base):  # type: ignore[misc]
+        class Phi4MM(base):  # type: ignore[valid-type,misc]
             def __init__(self, config: Any) -> None:
                 super().__init__(config)
                 adapt(self.model.layers, _ADAPTED, switch)
@@ -374,9 +373,9 @@ class Phi4Multimodal(TransformersFamily):
 
     def _translated(self) -> Any:
         raw = self.checkpoint.config
-        audio = dict(raw["audio_processor"]["config"])
+        audio: dict[str, Any] = dict(raw["audio_processor"]["config"])
         known = model_class("Phi4MultimodalAudioConfig")
-        options = {_AUDIO_RENAMED.get(key, key): value for key, value in audio.items()}
+        options: dict[str, Any] = {_AUDIO_RENAMED.get(key, key): value for key, value in audio.items()}
         options["nemo_conv_channels"] = audio["nemo_conv_settings"]["conv_channels"]
         options["bias_max_distance"] = audio["relative_attention_bias_args"]["t5_bias_max_distance"]
         options["downsample_rate"] = raw["embd_layer"]["audio_embd_layer"]["downsample_rate"]

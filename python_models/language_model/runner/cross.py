@@ -99,7 +99,7 @@ class CrossMedia:
         assert self.rows is not None
         weight = module.k_proj.weight
         if not self._kept:
-            parts = self.rows.to(weight.device, weight.dtype).split([item.rows for item in self._items])
+            parts = torch.split(self.rows.to(weight.device, weight.dtype), [item.rows for item in self._items])
             pairs = list(zip(parts, self._items, strict=True))
             self.rows = torch.cat([p[: i.visible] for p, i in pairs] + [p[i.visible :] for p, i in pairs])
         shape = (len(self.rows), module.num_key_value_heads, module.head_dim)
