@@ -45,6 +45,8 @@ class _Report:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
             given = getattr(getattr(item, "callspec", None), "params", {})
+            if "model_type" in given:
+                self.parameters[item.nodeid] = given["model_type"], ""
             if "parts" in given:
                 detail = next((str(given[name]) for name in ("case", "modality", "medium_kind") if name in given), "")
                 self.parameters[item.nodeid] = given["parts"], detail
@@ -56,7 +58,8 @@ class _Report:
         place, _, name = report.nodeid.partition("[")[0].rpartition("::")
         key = family, f"{Path(place).stem}.{name}", detail
         if self.outcomes.get(key, "passed") in ("passed", "skipped"):
-            self.outcomes[key] = report.outcome
+            refused = dict(report.user_properties).get("refused")
+            self.outcomes[key] = f"refused: {refused}" if refused else report.outcome
 
     def pytest_sessionfinish(self) -> None:
         rows = [

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _ENCODERS = {"image": "vision", "video": "vision", "audio": "audio"}
 _COUNT = "rows"
+# transformers' mappings of model_type to class, the first that knows one wins
+_KINDS = ("MULTIMODAL_LM", "CAUSAL_LM")
 
 
 class GenericPreprocessor(TransformersPreprocessor):
@@ -178,9 +180,13 @@ class GenericText(_Generic):
     encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]] = {}
 
 
-def known_model_types() -> frozenset[str]:
-    """Every ``model_type`` that transformers has a generating class of text for, whether it fits or not."""
-    return frozenset(_classes("MULTIMODAL_LM")) | frozenset(_classes("CAUSAL_LM"))
+def known_model_types(*kinds: str) -> frozenset[str]:
+    """Every ``model_type`` that transformers has a class for that writes text, whether it fits or not.
+
+    Args:
+        kinds: of "MULTIMODAL_LM" and "CAUSAL_LM" those wanted; none for both.
+    """
+    return frozenset(model_type for kind in kinds or _KINDS for model_type in _classes(kind))
 
 
 def find(checkpoint: Checkpoint, settings: Settings) -> Family | None:
@@ -189,13 +195,13 @@ def find(checkpoint: Checkpoint, settings: Settings) -> Family | None:
     Raises:
         TriptychError: UNSUPPORTED, with what does not fit.
     """
-    for kind in ("MULTIMODAL_LM", "CAUSAL_LM"):
+    for kind in _KINDS:
         names = _classes(kind).get(checkpoint.model_type, ())
         if names:
             wanted = [name for name in names if name in checkpoint.config.get("architectures", ())]
             name = (wanted or names)[0]
             try:
-                found = _family(name, checkpoint)
+                found = _family(name, checkpoint, alone=kind == "CAUSAL_LM" or name.endswith("ForCausalLM"))
             except UnfitError as error:
                 raise TriptychError(
                     ErrorKind.UNSUPPORTED,
@@ -217,7 +223,8 @@ def deepstack_layers(model: Any) -> int:
     return len(model.config.vision_config.deepstack_visual_indexes)
 
 
-def _family(name: str, checkpoint: Checkpoint) -> type[_Generic]:
+def _family(name: str, checkpoint: Checkpoint, *, alone: bool) -> type[_Generic]:
+    """The adapter of a class, which may be of a language model alone."""
     cls = model_class(name)
     try:
         model = meta_model(cls, cls.config_class.from_pretrained(checkpoint.folder))
@@ -225,7 +232,7 @@ def _family(name: str, checkpoint: Checkpoint) -> type[_Generic]:
         raise UnfitError(f"its model cannot be built: {str(error).strip().splitlines()[0]}") from None
     head_of(model)
     if not any(hasattr(model.base_model, f"get_{modality}_features") for modality in _ENCODERS):
-        if not name.endswith("ForCausalLM"):
+        if not alone:
             raise UnfitError("it has none of get_image_features, get_video_features and get_audio_features")
         text_model_of(model)
         return type("GenericText", (GenericText,), {"model_class": name})

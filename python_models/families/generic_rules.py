@@ -45,6 +45,10 @@ _POSITIONS = re.compile(
     r"position_ids\.unsqueeze\(0\)$"
 )
 _HEAD = re.compile(r"self\.lm_head\(hidden_states(\[[^\]]*\])?\)(\.float\(\)|\.contiguous\(\))?$")
+_HIDDEN = re.compile(
+    r"\w*outputs?(\[0\]|\.last_hidden_state)$|"
+    r"slice_logits_to_keep\((hidden_states|\w*outputs?(\[0\]|\.last_hidden_state)), logits_to_keep\)$"
+)
 _SOFTCAP = (
     re.compile(r"logits / [\w.]*final_logit_softcapping$"),
     re.compile(r"torch\.tanh\(logits\)$"),
@@ -72,6 +76,8 @@ def text_model_of(model: Any) -> Any:
     for name in ("inputs_embeds", "position_ids"):
         if name not in takes:
             raise UnfitError(f"its language model takes no {name}")
+    if "per_layer_inputs" in takes:
+        raise UnfitError("each layer of its language model takes embeddings of its own beside the first ones")
     if any("Indexer" in type(module).__name__ for module in decoder.modules()):
         raise UnfitError("its attention chooses tokens by an index of its own")
     if getattr(config.get_text_config(), "alibi", False):
@@ -127,10 +133,17 @@ def head_of(model: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """
     if not isinstance(getattr(model, "lm_head", None), nn.Linear):
         raise UnfitError("it has no linear head lm_head")
-    steps = [value for place, value in _assignments(_source(type(model))) if place == "logits"]
+    code = _assignments(_source(type(model)))
+    steps = [value for place, value in code if place == "logits"]
     if not steps or not _HEAD.match(steps[0]):
         raise UnfitError(f"its head is called in a way of its own: {'; '.join(steps) or 'not by name'}")
     rest, text = steps[1:], model.config.get_text_config()
+    for place, value in code:
+        if place == "hidden_states" and not _HIDDEN.match(value):
+            if value != "hidden_states / self.config.logits_scaling" or model.lm_head.bias is not None:
+                raise UnfitError(f"it changes what its head takes: {value}")
+            # the head is linear: after it is as good as before
+            rest = ["logits / self.config.logits_scaling", *rest]
     if not rest:
         return None
     if rest == ["logits * self.logit_scale"]:

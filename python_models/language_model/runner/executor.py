@@ -187,6 +187,17 @@ class ModulesExecutor:
                 "model",
                 "language_model",
             )
+        if getattr(decoder.config, "sliding_window", None):
+            typed = getattr(decoder.config, "layer_types", None)
+            sliding = {layer for layer in attending if not typed or kinds[layer] == "sliding_attention"}
+            if any(probe.layers[layer].window is None for layer in sliding):
+                # a mask alone holds it, and there is none here
+                raise TriptychError(
+                    ErrorKind.UNSUPPORTED,
+                    f"{type(model).__name__} has a sliding window that its attention function is not told of",
+                    "model",
+                    "language_model",
+                )
         shares = _shared_layers(model)
         self.layers = tuple(
             replace(probe.layers.get(layer, NOTHING), shares=shares.get(layer)) for layer in range(expected)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ....contract.errors import ErrorKind, TriptychError
 from ..context import AttentionContext, How
 
 ATTENTION = "triptych_paged"
@@ -44,7 +45,13 @@ def paged_attention(
         [1, T, H, Dv] and no weights.
     """
     if context is None or attention_mask is not None:
-        raise RuntimeError(f"{type(module).__name__} did not pass the step's context on to its attention function")
+        raise TriptychError(
+            ErrorKind.UNSUPPORTED,
+            f"{type(module).__name__} does not pass the step's context on to its attention function: its layers cannot "
+            "run on the paged KV cache",
+            "model",
+            "language_model",
+        )
     sinks = s_aux if s_aux is not None else getattr(module, "sinks", None)
     how = How(scaling, sliding_window, softcap, sinks, getattr(module, "latent", None))
     layer: Any = module.layer_idx
