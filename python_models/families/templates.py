@@ -1,9 +1,9 @@
 """Chat templates by name: those of checkpoints that bring none along, and what ``--chat-template`` may name.
 
-They follow the conversation formats of LLaVA (github.com/haotian-liu/LLaVA), LLaVA-NeXT
-(github.com/LLaVA-VL/LLaVA-NeXT), InternVL (github.com/OpenGVLab/InternVL) and DeepSeek (github.com/deepseek-ai/Janus,
-DeepSeek-VL2, DeepSeek-OCR): roles, separators, default system messages. Text and media of a message stay in their
-order.
+The names are SGLang's (github.com/sgl-project/sglang), LLaVA's and those of InternVL's config.json. They follow the
+published conversation formats in roles, separators and default system messages, such as those of haotian-liu/LLaVA,
+LLaVA-VL/LLaVA-NeXT, OpenGVLab/InternVL and deepseek-ai/Janus, DeepSeek-VL2 and DeepSeek-OCR. Text and media of a
+message stay in their order.
 """
 
 from __future__ import annotations
@@ -54,17 +54,16 @@ def _chat(
     Args:
         frames: around messages of the system, the user and the assistant.
         answer: what the assistant's answer follows on.
-        media: modality -> what stands for a medium.
+        media: modality -> what stands for a medium; ``{index}`` in it counts those of the conversation from 1.
         begin: of the prompt.
         default: system message where the conversation has none; an empty one is left out with its frame.
         inside: the system message stands in the first user's message.
         strip: white space around messages is left out.
     """
     system, user, assistant = frames
-    places = "".join(
-        f"{{%- elif part['type'] == {_quote(modality)} -%}}{{{{ {_quote(text)} }}}}" for modality, text in media.items()
-    )
+    places = "".join(f"{{%- elif part['type'] == {_quote(m)} -%}}{_place(text)}" for m, text in media.items())
     body = (
+        "{%- set media = namespace(count=0) -%}"
         "{%- macro written(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
         "{%- if part['type'] == 'text' -%}{{ part['text'] }}"
         + places
@@ -93,12 +92,21 @@ def _chat(
     return body + head + ("" if inside else "{{ system }}") + turns
 
 
+def _place(text: str) -> str:
+    before, count, after = text.partition("{index}")
+    if not count:
+        return f"{{{{ {_quote(text)} }}}}"
+    numbered = f"{_quote(before)} ~ media.count ~ {_quote(after)}"
+    return f"{{%- set media.count = media.count + 1 -%}}{{{{ {numbered} }}}}"
+
+
 _LLAVA = {"image": "<image>\n", "video": "<video>\n"}
 _INTERNVL = {"image": "<IMG_CONTEXT>\n", "video": "<video>\n"}
 _QWEN2_VL = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
 }
+_MINICPM = {"image": "(<image>./</image>)\n", "video": "(<video>./</video>)", "audio": "(<audio>./</audio>)"}
 _HELPFUL = "You are a helpful assistant."
 _SEEING = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
@@ -119,16 +127,20 @@ _INTERNVL_2_5 = (
 )
 
 
+def _turns(before: str, after: str, end: str, media: Mapping[str, str], **options: Any) -> str:
+    """Turns that begin with their role's name, between ``before`` and ``after``, and have one ``end``."""
+    names = [f"{before}{role}{after}" for role in ("system", "user", "assistant")]
+    return _chat([(name, end) for name in names], names[-1], media, **options)
+
+
 def _chatml(end: str, media: Mapping[str, str], default: str) -> str:
     """ChatML; ``end`` of a message."""
-    frames = [(f"<|im_start|>{role}\n", end) for role in ("system", "user", "assistant")]
-    return _chat(frames, "<|im_start|>assistant\n", media, default=default)
+    return _turns("<|im_start|>", "\n", end, media, default=default)
 
 
 def _llama_3(media: Mapping[str, str]) -> str:
-    heads = [f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user", "assistant")]
-    frames = [(head, "<|eot_id|>") for head in heads]
-    return _chat(frames, heads[-1], media, begin="<|begin_of_text|>", default=_SEEING)
+    head = "<|start_header_id|>", "<|end_header_id|>\n\n"
+    return _turns(*head, "<|eot_id|>", media, begin="<|begin_of_text|>", default=_SEEING, strip=True)
 
 
 def _deepseek(assistant: str, image: str, *, gap: str = "", default: str = "") -> str:
@@ -142,7 +154,7 @@ _ENDS_CHATML = ("<|im_end|>", "<|endoftext|>")
 _ENDS_LLAMA_3 = ("<|eot_id|>", "<|end_of_text|>")
 
 TEMPLATES: dict[str, ChatTemplate] = {
-    "chatml": ChatTemplate(_chatml("<|im_end|>\n", {}, ""), _ENDS_CHATML),
+    "chatml": ChatTemplate(_chatml("<|im_end|>\n", _LLAVA, _HELPFUL), _ENDS_CHATML),
     "chatml-llava": ChatTemplate(_chatml("<|im_end|>\n", _LLAVA, _HELPFUL), _ENDS_CHATML),
     "chatml_direct": ChatTemplate(_chatml("<|im_end|>", _LLAVA, "Answer the questions."), _ENDS_CHATML),
     # no conversation: pictures, a line each, and an instruction
@@ -151,10 +163,54 @@ TEMPLATES: dict[str, ChatTemplate] = {
         (_DEEPSEEK_END,),
     ),
     "deepseek-vl2": ChatTemplate(_deepseek("<|Assistant|>:", "<image>"), (_DEEPSEEK_END,)),
+    "gemma-it": ChatTemplate(
+        _chat(
+            [("", "\n\n"), ("<start_of_turn>user\n", "<end_of_turn>\n"), ("<start_of_turn>model\n", "<end_of_turn>\n")],
+            "<start_of_turn>model\n",
+            {"image": "<start_of_image>", "audio": "<start_of_audio>"},
+            begin="<bos>",
+            default=_HELPFUL,
+            inside=True,
+        ),
+        ("<end_of_turn>",),
+    ),
     "internlm2-chat": ChatTemplate(_chatml("<|im_end|>", _INTERNVL, _INTERNVL_2), ("<|im_end|>",)),
     "internvl-2-5": ChatTemplate(_chatml("<|im_end|>\n", _INTERNVL, _INTERNVL_2_5), ("<|im_end|>",)),
     "janus-pro": ChatTemplate(
         _deepseek("<|Assistant|>: ", "<image_placeholder>", gap="\n\n", default=_SEEING), (_DEEPSEEK_END,)
+    ),
+    "kimi-vl": ChatTemplate(
+        _chat(
+            [
+                ("<|im_system|>system<|im_middle|>", "<|im_end|>"),
+                ("<|im_user|>user<|im_middle|>", "<|im_end|>"),
+                ("<|im_assistant|>assistant<|im_middle|>", "<|im_end|>"),
+            ],
+            "<|im_assistant|>assistant<|im_middle|>",
+            {"image": "<|media_start|>image<|media_content|><|media_pad|><|media_end|>"},
+            default="You are a helpful assistant",
+        ),
+        ("<|im_end|>",),
+    ),
+    "llama-2": ChatTemplate(
+        _chat(
+            [("<<SYS>>\n", "\n<</SYS>>\n\n"), ("[INST] ", " "), ("[/INST] ", " </s><s>")],
+            "[/INST]",
+            _LLAVA,
+            inside=True,
+        ),
+        ("</s>",),
+    ),
+    "llama-4": ChatTemplate(
+        _turns(
+            "<|header_start|>",
+            "<|header_end|>\n\n",
+            "<|eot|>",
+            {"image": "<|image|>\n"},
+            begin="<|begin_of_text|>",
+            strip=True,
+        ),
+        ("<|eot|>", "<|eom|>", "<|end_of_text|>"),
     ),
     "llama_3_vision": ChatTemplate(_llama_3({"image": "<|image|>\n"}), _ENDS_LLAMA_3),
     "llava_llama_3": ChatTemplate(_llama_3(_LLAVA), _ENDS_LLAMA_3),
@@ -162,14 +218,27 @@ TEMPLATES: dict[str, ChatTemplate] = {
         _chat([("<<SYS>>\n", "\n<</SYS>>\n\n"), ("[INST] ", " [/INST]"), (" ", " </s>")], "", _LLAVA, inside=True),
         ("</s>",),
     ),
-    "phi3-chat": ChatTemplate(
+    "minicpmo": ChatTemplate(
+        _chatml("<|im_end|>\n", _MINICPM, f"You are Qwen, created by Alibaba Cloud. {_HELPFUL}"), _ENDS_CHATML
+    ),
+    "minicpmv": ChatTemplate(_chatml("<|im_end|>\n", _MINICPM, _HELPFUL), _ENDS_CHATML),
+    "mistral": ChatTemplate(
         _chat(
-            [("<|system|>\n", "<|end|>"), ("<|user|>\n", "<|end|>"), ("<|assistant|>\n", "<|end|>")],
-            "<|assistant|>\n",
-            _INTERNVL,
-            default=_INTERNVL_2,
+            [("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), ("[INST]", "[/INST]"), ("", "</s>")],
+            "",
+            {"image": "[IMG]"},
+            begin="<s>",
         ),
-        ("<|end|>",),
+        ("</s>",),
+    ),
+    "phi-4-mm": ChatTemplate(
+        _turns("<|", "|>", "<|end|>", {"image": "<|endoftext10|>", "audio": "<|endoftext11|>"}), ("<|end|>",)
+    ),
+    "phi3-chat": ChatTemplate(_turns("<|", "|>\n", "<|end|>", _INTERNVL, default=_INTERNVL_2), ("<|end|>",)),
+    "points-v15-chat": ChatTemplate(_chatml("<|im_end|>\n", _QWEN2_VL, ""), ("<|im_end|>",)),
+    "qwen2-audio": ChatTemplate(
+        _chatml("<|im_end|>\n", {"audio": "Audio {index}: <|audio_bos|><|AUDIO|><|audio_eos|>\n"}, _HELPFUL),
+        ("<|im_end|>",),
     ),
     "qwen2-vl": ChatTemplate(_chatml("<|im_end|>\n", _QWEN2_VL, _HELPFUL), ("<|im_end|>",)),
     "vicuna_v1.1": ChatTemplate(
