@@ -35,7 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class _Report:
-    """How each parity test ended: what docs/models.md is made from."""
+    """How each parity test ended: what docs/models.md is made from.
+
+    Rows that the file already has stay, but those of a family and test file that ran anew.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,11 +65,12 @@ class _Report:
             self.outcomes[key] = f"refused: {refused}" if refused else report.outcome
 
     def pytest_sessionfinish(self) -> None:
-        rows = [
-            {"family": family, "test": test, "detail": detail, "outcome": outcome}
-            for (family, test, detail), outcome in sorted(self.outcomes.items())
-        ]
-        self.path.write_text(json.dumps(rows, indent=1) + "\n")
+        ran = {(family, test.partition(".")[0]) for family, test, _ in self.outcomes}
+        known = json.loads(self.path.read_text()) if self.path.is_file() else []
+        rows = [row for row in known if (row[0], row[1].partition(".")[0]) not in ran]
+        rows += [[*key, outcome] for key, outcome in self.outcomes.items()]
+        # a row in a line
+        self.path.write_text("[\n" + ",\n".join(json.dumps(row) for row in sorted(rows)) + "\n]\n")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,8 +12,6 @@ from .llava import CLIP, SIGLIP, SQUARE, make_tokenizer, template, text_shape
 from .qwen import IMAGE_SIZE, TEMPLATE, VIDEO_SIZE
 from .qwen import make_tokenizer as qwen_tokenizer
 
-_MLA = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
-_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _ONE_SOUND = dict.fromkeys(("two_audios", "two"), "its processor takes one sound with every text")
 
 
@@ -158,40 +156,6 @@ def _qwen3_5() -> tuple[Any, Any]:
     return transformers.Qwen3_5ForConditionalGeneration(config), processor
 
 
-def _kimi_k25() -> tuple[Any, Any]:
-    begin, content, pad, end = "<|media_begin|>", "<|media_content|>", "<|media_pad|>", "<|media_end|>"
-    video = "<|kimi_k25_video_placeholder|>"
-    tokenizer = make_tokenizer(begin, content, end, pad, video, bos=False)
-    text = text_shape(tokenizer, "deepseek_v3", num_key_value_heads=4, first_k_dense_replace=1, n_group=1, topk_group=1)
-    ids = tokenizer.convert_tokens_to_ids
-    config = transformers.Kimi_K25Config(
-        text_config={k: v for k, v in text.items() if k != "head_dim"} | _MLA | _EXPERTS,
-        vision_config={
-            "patch_size": 8,
-            "pos_emb_height": 8,
-            "pos_emb_width": 8,
-            "pos_emb_time": 4,
-            "num_attention_heads": 2,
-            "num_hidden_layers": 2,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-        },
-        projection_hidden_size=32,
-        image_token_id=ids(pad),
-        video_token_id=ids(video),
-        vision_start_token_id=ids(begin),
-        vision_end_token_id=ids(end),
-        tie_word_embeddings=False,
-    )
-    processor = transformers.Kimi_K25Processor(
-        image_processor=transformers.Kimi_K25ImageProcessor(patch_size=8, size={"max_height": 64, "max_width": 64}),
-        video_processor=transformers.Kimi_K25VideoProcessor(patch_size=8, size={"max_height": 48, "max_width": 48}),
-        tokenizer=tokenizer,
-        chat_template=template(f"{begin}image{content}{pad}{end}", video),
-    )
-    return transformers.Kimi_K25ForConditionalGeneration(config), processor
-
-
 def _glmasr() -> tuple[Any, Any]:
     tokenizer = qwen_tokenizer()
     config = transformers.GlmAsrConfig(
@@ -259,7 +223,6 @@ FAMILIES = {
     "aya_vision": Tiny(_aya_vision, ("image",)),
     "glmasr": Tiny(_glmasr, ("audio",), without=_ONE_SOUND),
     "idefics3": Tiny(_idefics3, ("image",)),
-    "kimi_k25": Tiny(_kimi_k25, ("image",)),
     "qwen3_5": Tiny(_qwen3_5, ("image", "video")),
     "qwen3_asr": Tiny(_qwen3_asr, ("audio",), without=_ONE_SOUND),
     "video_llama_3": Tiny(_video_llama_3, ("image", "video")),
