@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from .common import draw_weights
 
 Weights = dict[str, torch.Tensor]
+# Of ``generate``; everything else is the model's.
+_OPTIONS = ("max_new_tokens", "do_sample", "output_logits", "return_dict_in_generate")
 
 
 def draw(shapes: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -98,10 +100,13 @@ class Reference:
         """Logits of the prompt."""
         return self.text(inputs_embeds=self._embed(inputs))
 
-    def generate(self, **inputs: Any) -> torch.Tensor:
-        """Token ids of prompt and answer."""
-        options = {key: inputs.pop(key) for key in ("max_new_tokens", "do_sample")}
+    def generate(self, **inputs: Any) -> Any:
+        """Token ids of prompt and answer; with ``return_dict_in_generate`` they are ``sequences`` of what it returns."""
+        options = {key: inputs.pop(key) for key in _OPTIONS if key in inputs}
         embeddings = self._embed(inputs)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
         answer = self.text.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
-        return torch.cat([inputs["input_ids"], answer], dim=1)
+        if isinstance(answer, torch.Tensor):
+            return torch.cat([inputs["input_ids"], answer], dim=1)
+        answer.sequences = torch.cat([inputs["input_ids"], answer.sequences], dim=1)
+        return answer
