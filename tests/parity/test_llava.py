@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from triptych.python_models.contract.request import ChatRequest, MediaPart, Message, TextPart
+from triptych.python_models.contract.sampling import SamplingParams
+from triptych.python_models.contract.settings import Settings
+from triptych.python_models.local import LocalEnsemble
 
 TILES = ("llava_next", "llava_next_video", "llava_onevision", "internvl", "llava_v1_6_mistral", "internvl2_internlm2")
 SIZES = ("llava", "pixtral", "mistral3", "lighton_ocr", "llava_v1_5")
@@ -109,3 +118,40 @@ def test_pixtral_breaks_between_rows_are_text(make_parts: Callable[[str], Any]) 
     tokenizer = parts.decoder.tokenizer
     between = [int(prepared.input_ids[end]) for _, end in item.spans]
     assert tokenizer.convert_ids_to_tokens(between) == ["[IMG_BREAK]", "[IMG_END]"]
+
+
+def test_media_tokens_beyond_the_vocabulary(make_parts: Callable[[str], Any], tmp_path: Path) -> None:
+    """The token of pictures is the first one that LLaVA 1.5's table of embeddings has no row for."""
+    parts = make_parts("llava_v1_5")
+    folder = tmp_path / "cut"
+    shutil.copytree(parts.folder, folder)
+    size = parts.preprocessor.token_id("image")
+    raw = json.loads((folder / "config.json").read_text())
+    whole = raw["vocab_size"]
+    (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": size}))
+    for file in folder.glob("pytorch_model-*.bin"):
+        weights = torch.load(file, weights_only=True)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in weights:
+                weights[name] = weights[name][:size].clone()
+        torch.save(weights, file)
+    picture = parts.make.image(1)
+    chat = parts.make.chat("what is ", picture, "this? which colours?")
+    inputs = parts.reference_inputs(chat)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        out = parts.whole.generate(
+            **inputs, max_new_tokens=10, do_sample=False, suppress_tokens=list(range(size, whole))
+        )
+    expected = out[0, length:].tolist()
+    encoded = io.BytesIO()
+    picture.data.pixels.save(encoded, "PNG")
+    message = Message("user", (TextPart("what is "), MediaPart("image", blob=0), TextPart("this? which colours?")))
+    for penalty in (1.0, 1.3):
+        sampling = SamplingParams(max_tokens=10, temperature=0.0, repetition_penalty=penalty, ignore_eos=True)
+        with LocalEnsemble(Settings(model=str(folder), kv_cache_tokens=4096, torch_threads=1)) as local:
+            deltas = list(local.chat(ChatRequest((message,), sampling), [encoded.getvalue()]))
+        tokens = [token for delta in deltas for token in delta.token_ids]
+        assert len(tokens) == 10
+        if penalty == 1.0:
+            assert tokens[: len(expected)] == expected
