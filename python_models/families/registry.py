@@ -47,6 +47,7 @@ _FAMILIES = {
     "mistral3": ("mistral3", "Mistral3"),
     "mllama": ("mllama", "Mllama"),
     "multi_modality": ("janus", "PublishedJanus"),
+    "NemotronH_Nano_VL_V2": ("nemotron_published", "NemotronNanoVL"),
     "nemotron_h_omni": ("nemotron", "NemotronOmni"),
     "nvila": ("nvila", "NVILA"),
     "nvila_lite": ("nvila", "NVILALite"),

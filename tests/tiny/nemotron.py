@@ -1,18 +1,24 @@
-"""Nemotron Omni."""
+"""Nemotron Omni; Nemotron Nano 2 VL in its published format."""
 
 from __future__ import annotations
 
 import functools
+import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from PIL import Image as PILImage
+from safetensors.torch import load_file, save_file
 
 from triptych.python_models.families.qwen_vision import video_metadata
 
-from .common import Tiny, bpe
+from .common import Tiny, bpe, draw_weights
 
 NAMED = {
     "image_token": "<image>",
@@ -157,9 +163,138 @@ def inputs(processor: Any, text: str, media: Mapping[str, list[Any]]) -> Any:
     return processor(text=[text], return_tensors="pt", **arguments)
 
 
+_SIDE, _PATCH = 64, 16
+_MEAN, _STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+
+
+def _nano(folder: Path) -> None:
+    """Nemotron Nano 2 VL: the published format, and beside it the same model in that of transformers."""
+    own = tokenizer(more=())
+    teachers = [{"name": "clip"}, {"name": "siglip"}, {"name": "sam", "use_summary": False}]
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2.0}
+    shape = text(own)
+    shape["layers_block_type"] = ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]
+    config = transformers.NemotronH_Omni_Reasoning_V3_Config(
+        vision_config=vision
+        | {
+            "model_type": "radio",
+            "patch_size": _PATCH,
+            "max_img_size": 128,
+            "num_cls_tokens": 3,
+            "num_registers": 1,
+            "video_temporal_patch_size": 2,
+            "summary_idxs": [0, 1],
+        },
+        text_config=shape,
+        audio_config=None,
+        force_image_size=_SIDE,
+        projector_hidden_size=48,
+        vision_hidden_size=32,
+        image_token_id=own.image_token_id,
+        video_token_id=own.video_token_id,
+    )
+    model = transformers.NemotronH_Omni_Reasoning_V3(config)
+    draw_weights(model)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=own.eos_token_id)
+    model.save_pretrained(folder / "whole")
+    own.chat_template = TEMPLATE
+    own.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    # transformers writes the published names
+    weights = load_file(folder / "whole" / "model.safetensors")
+    left_out = ("video_embedder", "lambda1")
+    published = {name: value for name, value in weights.items() if not any(part in name for part in left_out)}
+    assert len(published) < len(weights)
+    published["vision_model.radio_model.input_conditioner.norm_mean"] = torch.zeros(3, 1, 1)
+    save_file(published, folder / "model.safetensors")
+    llm = {key: value for key, value in shape.items() if key != "layers_block_type"}
+    raw = {
+        "architectures": ["NemotronH_Nano_VL_V2"],
+        "auto_map": {"AutoConfig": "configuration.NemotronH_Nano_VL_V2_Config"},
+        "model_type": "NemotronH_Nano_VL_V2",
+        "downsample_ratio": 0.5,
+        "force_image_size": _SIDE,
+        "img_context_token": "<image>",
+        "img_context_token_id": own.image_token_id,
+        "img_start_token": "<img>",
+        "img_end_token": "</img>",
+        "video_context_token": "<video>",
+        "video_context_token_id": own.video_token_id,
+        "llm_config": llm | {"architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": "M-*-M"},
+        "norm_mean": _MEAN,
+        "norm_std": _STD,
+        "patch_size": _PATCH,
+        "projector_hidden_size": 48,
+        "ps_version": "v2",
+        "use_thumbnail": True,
+        "video_pruning_rate": 0.0,
+        "vision_config": vision
+        | {
+            "args": {
+                "model": "vit_tiny",
+                "teachers": teachers,
+                "cls_token_per_teacher": True,
+                "register_multiple": 4,
+                "cpe_max_size": 128,
+            },
+            "patch_size": _PATCH,
+            "max_resolution": 128,
+        },
+        "vit_hidden_size": 32,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def _nano_whole(folder: Path) -> tuple[Any, Any]:
+    model = transformers.NemotronH_Omni_Reasoning_V3.from_pretrained(folder / "whole", dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _nano_inputs(own: Any, prompt: str, media: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """The published processor, written down once more; each tile is a picture to transformers' model."""
+    tiles: list[np.ndarray] = []
+    each = (_SIDE // _PATCH // 2) ** 2
+    images, videos = iter(media.get("image", ())), iter(media.get("video", ()))
+
+    def picture(found: re.Match[str]) -> str:
+        if found[0] == "<video>":
+            video, texts = next(videos), []
+            for k, (frame, index) in enumerate(zip(video.frames, video.indices, strict=True)):
+                tiles.append(np.asarray(PILImage.fromarray(frame).resize((_SIDE, _SIDE), PILImage.BICUBIC)))
+                seconds = index * int(1000.0 / video.source_fps) / 1000.0
+                texts.append(f"Frame {k + 1} sampled at {seconds:.2f} seconds: <img>{'<image>' * each}</img>")
+            return "".join(texts)
+        image = next(images).pixels
+        ratios = sorted({(i, j) for n in range(1, 13) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= 12})
+        ratios.sort(key=lambda pair: pair[0] * pair[1])
+        chosen, best = (1, 1), math.inf
+        for i, j in ratios:
+            gap = abs(image.width / image.height - i / j)
+            if gap < best or (gap == best and image.width * image.height > 0.5 * _SIDE**2 * i * j):
+                chosen, best = (i, j), gap
+        wide = np.asarray(image.resize((chosen[0] * _SIDE, chosen[1] * _SIDE), PILImage.BICUBIC))
+        cut = [part for row in np.split(wide, chosen[1]) for part in np.split(row, chosen[0], axis=1)]
+        if len(cut) > 1:
+            cut.append(np.asarray(image.resize((_SIDE, _SIDE), PILImage.BICUBIC)))
+        tiles.extend(cut)
+        return f"<img>{'<image>' * each * len(cut)}</img>"
+
+    prompt = re.sub("<image>|<video>", picture, prompt)
+    out = dict(own([prompt], return_tensors="pt"))
+    if tiles:
+        pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float() / 255
+        pixels = (pixels - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+        grid = _SIDE // _PATCH
+        patches = pixels.unfold(2, _PATCH, _PATCH).unfold(3, _PATCH, _PATCH).permute(0, 2, 3, 1, 4, 5)
+        out["pixel_values"] = patches.reshape(-1, 3 * _PATCH**2)
+        out["image_grid_hw"] = torch.tensor([[grid, grid]] * len(tiles))
+    return out
+
+
 _WITHOUT = dict.fromkeys(
     ("image_and_video", "mixed"), "transformers' forward takes rows of pictures or of a video, not both"
 )
 FAMILIES = {
-    "nemotron_h_omni": Tiny(_omni, ("image", "video", "audio"), without=_WITHOUT, reference=whole, inputs=inputs)
+    "nemotron_h_omni": Tiny(_omni, ("image", "video", "audio"), without=_WITHOUT, reference=whole, inputs=inputs),
+    "nemotron_nano_vl": Tiny(_nano, ("image", "video"), reference=_nano_whole, inputs=_nano_inputs),
 }
