@@ -101,7 +101,7 @@ class Reference:
         return self.text(inputs_embeds=self._embed(inputs))
 
     def generate(self, **inputs: Any) -> Any:
-        """Token ids of prompt and answer; with ``return_dict_in_generate`` they are ``sequences`` of what it returns."""
+        """Token ids of prompt and answer; with ``return_dict_in_generate`` they are ``sequences`` of its answer."""
         options = {key: inputs.pop(key) for key in _OPTIONS if key in inputs}
         embeddings = self._embed(inputs)
         mask = torch.ones(embeddings.shape[:2], dtype=torch.long)
