@@ -1,7 +1,10 @@
-"""Every language model of transformers through the generic adapter, in a tiny size: the same tokens, or refused.
+"""What the generic adapter makes of every model type of transformers that has no family of its own.
 
-Shapes are found by replacing what a configuration has in common with others. What cannot be made small that way is
-skipped. Part of ``make parity`` only: it runs with ``--families all`` or ``--families generic_text``.
+Language models run in a tiny size: the same tokens as ``generate``, or refused by name. Shapes are found by replacing
+what a configuration has in common with others; what cannot be made small that way is skipped. Of models with media,
+whose processors need files, it is the rules that are asked; :mod:`tiny.generic` makes some of them.
+
+Part of ``make parity`` only: it runs with ``--families all`` or ``--families generic``.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from triptych.python_models.contract.plan import Plan
 from triptych.python_models.contract.request import Message, TextPart
 from triptych.python_models.contract.sampling import SamplingParams
 from triptych.python_models.contract.settings import Settings
-from triptych.python_models.families import generic, registry
+from triptych.python_models.families import generic, generic_rules, registry
 from triptych.python_models.language_model.stage import LanguageModelStage
 from triptych.python_models.stage import NoTelemetry
 
@@ -71,12 +74,12 @@ MARKS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    wanted = metafunc.config.getoption("--families").split(",")
-    types: list[str] = []
-    if "all" in wanted or "generic_text" in wanted:
-        known = generic.known_model_types("CAUSAL_LM") - {*registry.supported_model_types()}
-        types = sorted(known - generic.known_model_types("MULTIMODAL_LM"))
-    metafunc.parametrize("model_type", types)
+    types: frozenset[str] = frozenset()
+    if {"all", "generic"} & {*metafunc.config.getoption("--families").split(",")}:
+        types = generic.known_model_types("MULTIMODAL_LM")
+        if "folder" in metafunc.fixturenames:
+            types = generic.known_model_types("CAUSAL_LM") - types
+    metafunc.parametrize("model_type", sorted(types - {*registry.supported_model_types()}))
 
 
 def make_small(model_type: str) -> Any:
@@ -191,3 +194,27 @@ def generate(whole: Any, ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
 def without_end(tokens: list[int]) -> list[int]:
     end = SIZES["eos_token_id"]
     return tokens[:-1] if tokens and tokens[-1] == end else tokens
+
+
+def test_the_rules_take_or_refuse_what_has_media(
+    model_type: str, record_property: Callable[[str, object], None]
+) -> None:
+    """By each type's own standard configuration, on the meta device."""
+    import transformers
+
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    try:
+        with torch.device("meta"):
+            model = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING[config_class](config_class())
+    except Exception as error:  # noqa: BLE001 - some have no standard configuration, some want other packages
+        pytest.skip(f"no standard configuration: {str(error).strip().splitlines()[0]}")
+    try:
+        generic_rules.head_of(model)
+        modalities, parts = generic_rules.multimodal_parts(model)
+    except generic_rules.UnfitError as error:
+        record_property("refused", str(error))
+        return
+    assert modalities
+    for part in parts:
+        assert next(model.base_model.get_submodule(part).parameters(), None) is not None
+    assert model.get_decoder() is not model.base_model
