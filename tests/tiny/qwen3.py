@@ -23,7 +23,7 @@ VISION: dict[str, Any] = {
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 1],
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def text(tokenizer: Any) -> dict[str, Any]:
@@ -50,12 +50,31 @@ def _qwen3_vl() -> tuple[Any, Any]:
     return transformers.Qwen3VLForConditionalGeneration(config), _processor(tokenizer)
 
 
-def _qwen3_vl_moe() -> tuple[Any, Any]:
+def _qwen3_vl_moe(folder: Path) -> None:
+    """Published experts are stored the other way round than transformers has them."""
     tokenizer = make_tokenizer()
     config = transformers.Qwen3VLMoeConfig(
         text_config=text(tokenizer) | EXPERTS, vision_config=VISION, **vision_ids(tokenizer)
     )
-    return transformers.Qwen3VLMoeForConditionalGeneration(config), _processor(tokenizer)
+    _save(transformers.Qwen3VLMoeForConditionalGeneration(config), _processor(tokenizer), folder)
+    weights = load_file(folder / "whole" / "model.safetensors")
+    for name in [name for name in weights if ".experts." in name]:
+        assert weights[name].shape[1] != weights[name].shape[2]
+        weights[name] = weights[name].transpose(1, 2).contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text((folder / "whole" / "config.json").read_text())
+
+
+def _save(model: Any, processor: Any, folder: Path) -> None:
+    """The model in transformers' format into folder/whole, all but it and its configuration into the folder."""
+    draw_weights(model)
+    tokenizer = processor.tokenizer
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder / "whole")
+    processor.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def _qwen3_omni_thinker() -> tuple[Any, Any]:
@@ -93,14 +112,7 @@ def _qwen3_omni_thinker() -> tuple[Any, Any]:
 
 def _qwen3_omni(folder: Path) -> None:
     """The thinker is a part of what is published."""
-    model, processor = _qwen3_omni_thinker()
-    draw_weights(model)
-    tokenizer = processor.tokenizer
-    model.generation_config = transformers.GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    model.save_pretrained(folder / "whole")
-    processor.save_pretrained(folder)
+    _save(*_qwen3_omni_thinker(), folder)
     weights = {f"thinker.{name}": value for name, value in load_file(folder / "whole" / "model.safetensors").items()}
     save_file(weights | {"talker.codec_head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
     thinker = json.loads((folder / "whole" / "config.json").read_text())
@@ -112,7 +124,6 @@ def _qwen3_omni(folder: Path) -> None:
         "thinker_config": thinker,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text((folder / "whole" / "generation_config.json").read_text())
 
 
 FAMILIES = {
