@@ -11,6 +11,7 @@ how much to leave out.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,14 @@ TENSOR = "pruning"
 """Name of the tensor that tells the encoder of it: float64 [rate, frames, rows, columns]."""
 Grid = tuple[int, int, int]
 """Frames of a video, rows and columns of the tokens of each."""
+
+
+def square(frames: int, rows: int) -> Grid:
+    """The grid of a video all of whose frames have as many tokens, in a square."""
+    side = math.isqrt(rows // frames)
+    if frames * side * side != rows:
+        raise TriptychError(ErrorKind.STAGE_FAILED, f"{rows} rows are not those of {frames} square frames")
+    return frames, side, side
 
 
 def pruning_rate(settings: Settings, config: Any, *, possible: bool) -> float:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..contract.features import EncoderItem
+from . import evs
 from .base import FrameSampling
 from .llava import Llava, LlavaEncoder, LlavaPreprocessor
 from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
@@ -35,6 +36,10 @@ class InternVLPreprocessor(LlavaPreprocessor):
         # the processor has merged pictures and videos, and there is but one of them
         mean, std = self._normalisation[modality]
         return {"pixels": batch["pixel_values"].contiguous().numpy(), "mean": mean, "std": std}
+
+    def video_grid(self, tensors: Tensors) -> evs.Grid:
+        """Frames are squares."""
+        return evs.square(len(tensors["pixels"]), self.num_rows("video", tensors))
 
     def _image_expansion(self, tensors: Tensors) -> str:
         text: str = self.processor.replace_image_token({"num_patches": [len(tensors["pixels"])]}, 0)

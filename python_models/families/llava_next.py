@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..contract.features import EncoderItem
+from . import evs
 from .base import FrameSampling
 from .llava import Llava, LlavaEncoder, LlavaPreprocessor, sizes_of
 from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
@@ -50,6 +51,10 @@ class LlavaNextVideoPreprocessor(LlavaNextPreprocessor):
     """Tiles and frames."""
 
     default_sampling = FrameSampling(multiple=1, num_frames=8)
+
+    def video_grid(self, tensors: Tensors) -> evs.Grid:
+        """Frames are squares."""
+        return evs.square(len(tensors["pixels"]), self.num_rows("video", tensors))
 
 
 class LlavaNextVideo(LlavaNext):
