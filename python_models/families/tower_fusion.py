@@ -41,6 +41,8 @@ def fuse_tower(tower: nn.Module) -> Counter[str]:
     done: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     for path, module in list(tower.named_modules()):
+        if isinstance(module, _Part):
+            continue
         for make in (_Norm.of, _GatedLayer.of, _Patches.of, _Attention.of):
             new = make(module)
             if new is None:
@@ -203,11 +205,13 @@ class _Attention(_Part):
     @classmethod
     def of(cls, module: nn.Module) -> _Attention | None:
         """Of the Qwen-VL line's attention: nothing but ``qkv`` and ``proj``."""
-        if set(dict(module.named_children())) != {"qkv", "proj"} or type(getattr(module, "qkv", None)) is not nn.Linear:
+        children = dict(module.named_children())
+        if set(children) != {"qkv", "proj"} or not (hasattr(module, "num_heads") and hasattr(module, "scaling")):
             return None
-        if not hasattr(module, "num_heads") or not hasattr(module, "scaling"):
+        qkv, proj = children["qkv"], children["proj"]
+        if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear):
             return None
-        return cls(module) if module.qkv.out_features == 3 * module.proj.in_features else None
+        return cls(module) if qkv.out_features == 3 * proj.in_features else None
 
     def trial(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
         weight = self.qkv.weight
