@@ -48,6 +48,7 @@ _FAMILIES = {
     "mllama": ("mllama", "Mllama"),
     "multi_modality": ("janus", "PublishedJanus"),
     "NemotronH_Nano_VL_V2": ("nemotron_published", "NemotronNanoVL"),
+    "nemotron-nas": ("nemotron_nas", "NemotronNas"),
     "nemotron_h_omni": ("nemotron", "NemotronOmni"),
     "nvila": ("nvila", "NVILA"),
     "nvila_lite": ("nvila", "NVILALite"),

@@ -16,7 +16,7 @@ class TextPreprocessor(TransformersPreprocessor):
 
     def load_processor(self, folder: Path, settings: Settings) -> Any:
         """The tokenizer: one that was made beside pictures may name a processor that is not there."""
-        return _TextProcessor(load_auto("AutoTokenizer", "tokenizer", folder, settings))
+        return TextProcessor(load_auto("AutoTokenizer", "tokenizer", folder, settings))
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Of no media."""
@@ -33,11 +33,12 @@ class TextPreprocessor(TransformersPreprocessor):
         return 0
 
 
-class _TextProcessor:
+class TextProcessor:
     """Called like a processor."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def __call__(self, text: Sequence[str], **options: Any) -> Any:
+        """Token ids."""
         return self.tokenizer(text, **options)
