@@ -117,7 +117,7 @@ class NemotronPreprocessor(TransformersPreprocessor):
 
     @property
     def _merge(self) -> int:
-        return round(1 / self.config.downsample_ratio)
+        return round(1 / float(self.config.downsample_ratio))
 
 
 class NemotronVisionEncoder(TransformersEncoder):
@@ -158,7 +158,7 @@ class NemotronOmni(TransformersFamily):
         "audio": ("audio_tower", "embed_audio"),
     }
     modality_encoders: ClassVar[Mapping[str, str]] = {"image": "vision", "video": "vision", "audio": "audio"}
-    preprocessor_class = NemotronPreprocessor
+    preprocessor_class: ClassVar[type[TransformersPreprocessor]] = NemotronPreprocessor
     encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]] = {
         "vision": NemotronVisionEncoder,
         "audio": NemotronAudioEncoder,
@@ -167,14 +167,16 @@ class NemotronOmni(TransformersFamily):
     def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         super().__init__(checkpoint, settings)
         config = self.load_config()
-        vision = self.towers["vision"]
+        towers = dict(self.towers)
         if config.text_config.num_nextn_predict_layers:
             # such checkpoints were trained with one norm more
-            vision = (*vision, "vision_final_layernorm")
-        # published ones differ in whether they hear
-        self.towers = {"vision": vision} | ({"audio": self.towers["audio"]} if config.audio_config is not None else {})
-        self.modality_encoders = {m: e for m, e in self.modality_encoders.items() if e in self.towers}
-        self.encoders = frozenset(self.towers)
+            towers["vision"] = (*towers["vision"], "vision_final_layernorm")
+        if config.audio_config is None:
+            towers.pop("audio", None)
+        encoders = {modality: encoder for modality, encoder in self.modality_encoders.items() if encoder in towers}
+        # of this checkpoint, not of the class
+        vars(self).update(towers=towers, modality_encoders=encoders)
+        self.encoders = frozenset(towers)
 
     def decoder_parts(self, model: Any) -> list[str]:
         """The language model has its head inside."""

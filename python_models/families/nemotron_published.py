@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from ..contract.errors import ErrorKind, TriptychError
@@ -55,7 +56,7 @@ class NanoProcessor:
         """Of text alone."""
         return self.tokenizer(list(text))
 
-    def tiles(self, picture: PILImage.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def tiles(self, picture: PILImage.Image) -> NDArray[np.uint8]:
         """A picture -> uint8 [tiles, channels, side, side]."""
         columns, rows = best_grid(picture.width, picture.height, self.side)
         side = self.side
@@ -67,13 +68,13 @@ class NanoProcessor:
         ]
         if self.thumbnail and len(cut) > 1:
             cut.append(picture.resize((side, side), PILImage.Resampling.BICUBIC))
-        return np.stack([np.asarray(tile) for tile in cut]).transpose(0, 3, 1, 2)
+        return _channels_first(cut)
 
-    def frames(self, video: Video) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def frames(self, video: Video) -> NDArray[np.uint8]:
         """Frames of a video -> uint8 [frames, channels, side, side]."""
         size = self.side, self.side
-        pictures = (PILImage.fromarray(frame).resize(size, PILImage.Resampling.BICUBIC) for frame in video.frames)
-        return np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
+        bicubic = PILImage.Resampling.BICUBIC
+        return _channels_first([PILImage.fromarray(frame).resize(size, bicubic) for frame in video.frames])
 
     def write(self, tiles: int) -> str:
         """What stands for a picture of so many tiles."""
@@ -228,6 +229,12 @@ def best_grid(width: int, height: int, side: int) -> tuple[int, int]:
         elif difference == least and width * height > 0.5 * side**2 * columns * rows:
             best = columns, rows
     return best
+
+
+def _channels_first(pictures: Sequence[PILImage.Image]) -> NDArray[np.uint8]:
+    """[pictures, channels, height, width]."""
+    out: NDArray[np.uint8] = np.stack([np.asarray(picture, dtype=np.uint8) for picture in pictures])
+    return out.transpose(0, 3, 1, 2)
 
 
 def _vision(raw: Mapping[str, Any], patch_size: int, checkpoint: Checkpoint) -> dict[str, Any]:

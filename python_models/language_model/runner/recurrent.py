@@ -185,7 +185,7 @@ class StateStep:
         for part in slices:
             row = pool.row(part.slot)
             source = pool.saved_row(part.load) if part.load >= 0 else row if part.start else -1
-            own = []
+            own: list[_Piece] = []
             begin = at
             for count, number in (*part.saves, (len(part), -1)):
                 end = at + count
@@ -206,9 +206,8 @@ class StateStep:
             numbers += saving + [singles[k].saved for k in saving]
             # one copy to the device
             sent = torch.tensor(numbers, dtype=torch.int64).to(pool.device, non_blocking=True)
-            self._targets, self._sources, self._saving, self._saved = sent.split(
-                [num_singles, num_singles, len(saving), len(saving)]
-            )
+            parts = torch.split(sent, [num_singles, num_singles, len(saving), len(saving)])
+            self._targets, self._sources, self._saving, self._saved = parts
             self._fresh = torch.tensor(fresh).to(pool.device) if any(fresh) else None
 
     def recur(self, layer: int, hidden: torch.Tensor, run: Run) -> torch.Tensor:
