@@ -17,7 +17,7 @@ from ..contract.settings import Settings
 from ..media.types import Medium, Video
 from .base import FrameSampling
 from .checkpoint import Checkpoint
-from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
+from .qwen_vision import FrameVisionEncoder, QwenVisionPreprocessor
 from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
 
 
@@ -74,4 +74,4 @@ class Ernie45VLMoe(TransformersFamily):
     token_extras: ClassVar[Mapping[str, int | None]] = {"moe_mm_token_type_ids": 0}
     modality_encoders: ClassVar[Mapping[str, str]] = {"image": "vision", "video": "vision"}
     preprocessor_class: ClassVar[type[TransformersPreprocessor]] = Ernie45VLPreprocessor
-    encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]] = {"vision": QwenVisionEncoder}
+    encoder_classes: ClassVar[Mapping[str, type[TransformersEncoder]]] = {"vision": FrameVisionEncoder}

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 
 from ..contract.features import EncoderItem
-from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
+from .qwen_vision import FrameVisionEncoder, QwenVisionPreprocessor
 from .transformers_family import TransformersEncoder, TransformersFamily, TransformersPreprocessor
 
 
-class PaddleOCRVisionEncoder(QwenVisionEncoder):
+class PaddleOCRVisionEncoder(FrameVisionEncoder):
     """The tower takes patches as little pictures; the projector merges them in squares."""
 
     def _pixels(self, item: EncoderItem) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -97,6 +98,10 @@ class PictureSizes:
     def __init__(self, processor: Any) -> None:
         self._processor = processor
         self._resized = sys.modules[_origin(processor).__module__].smart_resize
+        # GLM's rule counts frames, of which a picture has as many as a patch
+        counts_frames = "num_frames" in inspect.signature(self._resized).parameters
+        frames = processor.temporal_patch_size
+        self._frames = {"num_frames": frames, "temporal_factor": frames} if counts_frames else {}
 
     @staticmethod
     def fits(processor: Any) -> bool:
@@ -116,8 +121,9 @@ class PictureSizes:
         grids = []
         for image in flat:
             height, width = self._resized(
-                image.height,
-                image.width,
+                **self._frames,
+                height=image.height,
+                width=image.width,
                 factor=own.patch_size * own.merge_size,
                 min_pixels=own.size["shortest_edge"],
                 max_pixels=own.size["longest_edge"],

@@ -106,6 +106,14 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
 class QwenVisionEncoder(TransformersEncoder):
     """The tower of the Qwen-VL line."""
 
+    def __init__(self, model: Any, device: str, dtype: torch.dtype) -> None:
+        super().__init__(model, device, dtype)
+        self.frames = self.frames_of_patch()
+
+    def frames_of_patch(self) -> int:
+        """Frames that a patch spans."""
+        return int(self.config.vision_config.temporal_patch_size)
+
     def features(self, modality: str, items: Sequence[EncoderItem]) -> Any:
         """All items packed into one run of the tower."""
         pixels = torch.cat([self._pixels(item) for item in items])
@@ -120,17 +128,23 @@ class QwenVisionEncoder(TransformersEncoder):
     def _pixels(self, item: EncoderItem) -> torch.Tensor:
         mean, std = self.to_device(item.tensors["mean"]), self.to_device(item.tensors["std"])
         vision = self.config.vision_config
-        # towers whose patches are of one frame have no such option
-        frames = getattr(vision, "temporal_patch_size", 1)
         if "patches" in item.tensors:
-            return normalise_patches(self.to_device(item.tensors["patches"]), mean, std, frames, self.dtype)
+            return normalise_patches(self.to_device(item.tensors["patches"]), mean, std, self.frames, self.dtype)
         patch, merge = int(vision.patch_size), int(vision.spatial_merge_size)
         if "raw" in item.tensors:
             height, width = (int(patch * edge) for edge in item.tensors["grid"][1:])
             picture = resized(self.to_device(item.tensors["raw"]), height, width)
         else:
             picture = self.to_device(item.tensors["picture"]).permute(1, 2, 0).contiguous()
-        return normalise_patchify(picture, mean, std, patch, merge, frames, self.dtype)
+        return normalise_patchify(picture, mean, std, patch, merge, self.frames, self.dtype)
+
+
+class FrameVisionEncoder(QwenVisionEncoder):
+    """A tower whose patches are of one frame; published configurations may say otherwise."""
+
+    def frames_of_patch(self) -> int:
+        """One."""
+        return 1
 
 
 def video_metadata(video: Video) -> Any:

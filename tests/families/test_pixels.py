@@ -34,7 +34,7 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm46v", "ernie4_5_vl_moe"])
 def test_resized_by_the_encoder(name: str, device: str, tiny_checkpoint: Callable[[str], Path]) -> None:
     folder = str(tiny_checkpoint(name))
     usual, early = (load_family(Settings(model=folder, gpu_preprocessing=mode)) for mode in ("off", "on"))
