@@ -7,6 +7,7 @@ The split follows transformers' own: ``get_{image,video,audio}_features`` of the
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -450,6 +451,11 @@ def context_length(config: Any) -> int:
 
 def load_auto(auto_class: str, what: str, folder: Path, settings: Settings, **options: Any) -> Any:
     """The checkpoint's processor or tokenizer; code that it brings along runs only where the operator trusts it."""
+    old = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if old and importlib.util.find_spec("sentencepiece") is None:
+        # transformers would go on and read the file as what it is not
+        message = f"the tokenizer of {folder} is a tokenizer.model: it needs the packages sentencepiece and protobuf"
+        raise TriptychError(ErrorKind.MODEL_NOT_FOUND, message, "settings.model")
     try:
         return model_class(auto_class).from_pretrained(
             folder, local_files_only=True, trust_remote_code=settings.trust_remote_code, **options

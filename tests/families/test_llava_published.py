@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -150,6 +151,17 @@ def test_a_tower_of_another_kind_is_refused(copied: Callable[..., Path]) -> None
     error = refused(folder, "preprocessor")
     assert error.kind is ErrorKind.UNSUPPORTED
     assert "'tower' is of type 'eva'; CLIP and SigLIP are supported" in error.message
+
+
+def test_a_tokenizer_model_needs_its_package(copied: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LLaVA 1.5 and InternVL with InternLM 2 have it."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else find(name))
+    folder = copied("llava_v1_5")
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    error = refused(folder, "preprocessor")
+    assert error.kind is ErrorKind.MODEL_NOT_FOUND
+    assert "it needs the packages sentencepiece and protobuf" in error.message
 
 
 @pytest.mark.parametrize(
