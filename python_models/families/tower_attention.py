@@ -19,10 +19,13 @@ def use_packed_attention(tower: Any) -> None:
     """Have a tower attend through :func:`packed_attention`.
 
     Args:
-        tower: a module of transformers whose attention takes ``cu_seq_lens_q`` and ``max_length_q``.
+        tower: a model of transformers whose attention takes ``cu_seq_lens_q`` and ``max_length_q``; other modules,
+            such as projectors, do not attend and stay as they are.
     """
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+    if not isinstance(tower, PreTrainedModel):
+        return
     ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
     # set_attn_implementation would look for a package of that name
     tower.config._attn_implementation = _NAME
