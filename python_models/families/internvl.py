@@ -22,6 +22,7 @@ class InternVLPreprocessor(LlavaPreprocessor):
     """Tiles and frames."""
 
     default_sampling = FrameSampling(multiple=1, num_frames=32)
+    needs_text = True
 
     def token_id(self, modality: str) -> int:
         """Pictures and frames alike."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ..media.types import Image, Medium, Video
 from .pixels import RAW
@@ -19,6 +19,9 @@ from .transformers_family import Tensors, TransformersPreprocessor
 
 class ItemwisePreprocessor(TransformersPreprocessor):
     """Pictures and videos of a processor that has ``replace_image_token`` and ``replace_video_token``."""
+
+    needs_text: ClassVar[bool] = False
+    """The processor takes no media without a text, which costs the time of making thousands of tokens of it."""
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Pixels stay uint8; frames are those sampled while decoding."""
@@ -64,8 +67,9 @@ class ItemwisePreprocessor(TransformersPreprocessor):
             features[modality] = []
             for group in self.groups(modality, media):
                 arguments = self.processor_arguments({modality: group})
-                placeholders = self._placeholder(modality) * len(group)
-                batch = self.processor(text=[placeholders], return_tensors="pt", **arguments)
+                if self.needs_text:
+                    arguments["text"] = [self._placeholder(modality) * len(group)]
+                batch = self.processor(return_tensors="pt", **arguments)
                 features[modality] += [self.tensors(modality, batch, k) for k in range(len(group))]
         text = self._expand(text, features)
         bos = self.processor.tokenizer.bos_token
