@@ -202,13 +202,17 @@ class _Reference:
                     x = x + self._linear(gated * self._linear(y, f"{layer}.mlp.up_proj"), f"{layer}.mlp.down_proj")
         return SimpleNamespace(logits=self._linear(self._norm(x, "model.norm"), "lm_head")[None])
 
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: Any) -> torch.Tensor:
-        """Token ids of prompt and answer."""
-        for _number in range(max_new_tokens):
-            newest = self(input_ids).logits[:, -1:].argmax(-1)
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **options: Any) -> Any:
+        """Token ids of prompt and answer, with the logits where they are asked for."""
+        logits: list[torch.Tensor] = []
+        while len(logits) < max_new_tokens:
+            logits.append(self(input_ids).logits[:, -1])
+            newest = logits[-1].argmax(-1, keepdim=True)
             input_ids = torch.cat([input_ids, newest], dim=1)
             if int(newest) in self.ends:
                 break
+        if options.get("return_dict_in_generate"):
+            return SimpleNamespace(sequences=input_ids, logits=tuple(logits))
         return input_ids
 
 
