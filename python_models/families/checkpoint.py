@@ -40,7 +40,7 @@ class Checkpoint:
     @property
     def dtype(self) -> str:
         """Name of the dtype the weights were saved for; "float32" where config.json does not say."""
-        parts = ("thinker_config", "text_config", "language_config", "llm_config")
+        parts = ("thinker_config", "text_config", "language_config", "llm_config", "llm_cfg")
         for config in (self.config, *(self.config.get(part) for part in parts)):
             if isinstance(config, dict) and (name := config.get("dtype") or config.get("torch_dtype")) in DTYPES:
                 return str(name)

@@ -113,18 +113,24 @@ def block(family: str, name: str) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of tokenizer.json: the class that the checkpoint names may be one that it brings along."""
-    return load_piece("PreTrainedTokenizerFast", "tokenizer", folder)
+    """The tokenizer of tokenizer.json: the class that the checkpoint names may be one that it brings along.
+
+    Without that file transformers makes it of the older ones (vocab.json, merges.txt) by the class of that name.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return load_piece("PreTrainedTokenizerFast", "tokenizer", folder)
+    # of no type of model: config.json may be of a type that transformers does not know
+    return load_piece("AutoTokenizer", "tokenizer", folder, config=model_class("PreTrainedConfig")())
 
 
-def load_piece(class_name: str, what: str, folder: Path) -> Any:
+def load_piece(class_name: str, what: str, folder: Path, **options: Any) -> Any:
     """A tokenizer or processor of transformers from the checkpoint, whatever class its files name.
 
     Raises:
         TriptychError: MODEL_NOT_FOUND where there are no files for it.
     """
     try:
-        return model_class(class_name).from_pretrained(folder, local_files_only=True)
+        return model_class(class_name).from_pretrained(folder, local_files_only=True, **options)
     except (OSError, ValueError, ImportError) as error:
         raise TriptychError(
             ErrorKind.MODEL_NOT_FOUND, f"the {what} of {folder} cannot be loaded: {error}", "settings.model"

@@ -49,6 +49,10 @@ class NVILAPreprocessor(TransformersPreprocessor):
     """Of dynamic S2, in tiles."""
     merge: ClassVar[int] = 2
     """Patches along a side of the square that becomes a row."""
+    tokenizer_folder: ClassVar[str] = "."
+    image_processor_folder: ClassVar[str] = "."
+    strips: ClassVar[bool] = False
+    """See :class:`.nvila_processing.NVILAProcessor`."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
         self._vision = model.config.vision_config
@@ -58,15 +62,21 @@ class NVILAPreprocessor(TransformersPreprocessor):
 
     def load_processor(self, folder: Path, settings: Settings) -> NVILAProcessor:
         """Made of its parts; the checkpoint's own is code."""
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder / self.tokenizer_folder)
         side = math.ceil(self._vision.image_size // self._vision.patch_size / self.merge)
         return NVILAProcessor(
             tokenizer,
-            load_piece("SiglipImageProcessor", "image processor", folder),
+            load_piece("SiglipImageProcessor", "image processor", folder / self.image_processor_folder),
             chat_template(folder, tokenizer),
             tile_rows=side * side,
             scales=self.scales,
+            strips=self.strips,
         )
+
+    def token_id(self, modality: str) -> int:
+        """The tokenizer knows."""
+        token = self.processor.image_token if modality == "image" else self.processor.video_token
+        return int(self.processor.tokenizer.convert_tokens_to_ids(token))
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """What was decoded, as it is."""
@@ -247,15 +257,16 @@ class NVILA(CompositeFamily):
 
     def load_config(self) -> Any:
         """The parts lie in it as they are."""
-        raw = self.checkpoint.config
-        vision = {key: value for key, value in required(raw, "vision_config").items() if key != "model_type"}
+        return self._config(
+            required(self.checkpoint.config, "text_config"), required(self.checkpoint.config, "vision_config")
+        )
+
+    def _config(self, text: Mapping[str, Any], vision: Mapping[str, Any]) -> Any:
+        seen = {key: value for key, value in vision.items() if key != "model_type"}
         # the states before the last layer are seen, and nothing behind them
-        vision |= {"num_hidden_layers": vision.get("num_hidden_layers", 12) - 1, "vision_use_head": False}
+        seen |= {"num_hidden_layers": seen.get("num_hidden_layers", 12) - 1, "vision_use_head": False}
         return CompositeConfig(
-            text_config=text_config("qwen2", required(raw, "text_config")),
-            vision_config=model_class("SiglipVisionConfig")(**vision),
-            image_token_id=required(raw, "image_token_id"),
-            video_token_id=required(raw, "video_token_id"),
+            text_config=text_config("qwen2", text), vision_config=model_class("SiglipVisionConfig")(**seen)
         )
 
 

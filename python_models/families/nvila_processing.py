@@ -41,7 +41,14 @@ class NVILAProcessor:
     """Called like a processor of transformers."""
 
     def __init__(
-        self, tokenizer: Any, image_processor: Any, template: str | None, *, tile_rows: int, scales: Sequence[int]
+        self,
+        tokenizer: Any,
+        image_processor: Any,
+        template: str | None,
+        *,
+        tile_rows: int,
+        scales: Sequence[int],
+        strips: bool,
     ) -> None:
         """Its parts.
 
@@ -51,17 +58,21 @@ class NVILAProcessor:
             template: the chat template.
             tile_rows: embedding rows of a tile.
             scales: of dynamic S2, in tiles; none: one grid and the whole.
+            strips: messages are written without blanks around them, and as texts whatever the template takes.
         """
         self.tokenizer = tokenizer
-        self.image_processor = self.video_processor = image_processor
-        self.chat_template = template
         self.image_token = str(getattr(tokenizer, "image_token", None) or "<image>")
         self.video_token = str(getattr(tokenizer, "video_token", None) or "<vila/video>")
+        # VILA adds them where a tokenizer was saved without
+        tokenizer.add_tokens([self.image_token, self.video_token], special_tokens=True)
+        self.image_processor = self.video_processor = image_processor
+        self.chat_template = template
         self.scales = tuple(scales)
         self._tile_rows = tile_rows
         self._side = int(image_processor.size["height"])
         (self._line_feed,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        self._takes_parts = self._try_parts()
+        self._strips = strips
+        self._takes_parts = not strips and self._try_parts()
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         """A template that takes texts gets the parts of a message as one."""
@@ -143,10 +154,10 @@ class NVILAProcessor:
         )
 
     def _joined(self, content: Any) -> str:
-        if isinstance(content, str):
-            return content
-        tokens = {"image": self.image_token, "video": self.video_token}
-        return "".join(part["text"] if part["type"] == "text" else tokens[part["type"]] for part in content)
+        if not isinstance(content, str):
+            tokens = {"image": self.image_token, "video": self.video_token}
+            content = "".join(part["text"] if part["type"] == "text" else tokens[part["type"]] for part in content)
+        return str(content.strip() if self._strips else content)
 
     def _try_parts(self) -> bool:
         """Whether the template itself writes the placeholders of a message's parts."""

@@ -33,6 +33,7 @@ _FAMILIES = {
     "kimi_vl": ("kimi", "KimiVL"),
     "lighton_ocr": ("mistral3", "LightOnOcr"),
     "llava": ("llava", "Llava"),
+    "llava_llama": ("nvila_original", "published"),
     "llava_mistral": ("llava_original", "original"),
     "llava_mixtral": ("llava_original", "original"),
     "llava_next": ("llava_next", "LlavaNext"),
@@ -66,6 +67,7 @@ _FAMILIES = {
     "qwen3_vl_moe": ("qwen3_vl", "Qwen3VLMoe"),
     "step3p7": ("step3", "Step3p7"),
     "step_robotics": ("step3", "Step3VL"),
+    "vila": ("nvila_original", "published"),
     "voxtral": ("voxtral", "Voxtral"),
 }
 
@@ -76,6 +78,11 @@ _BY_KEY = {"mm_vision_tower": ("llava_original", "original")}
 def supported_model_types() -> tuple[str, ...]:
     """Every ``model_type`` there is a family for."""
     return tuple(sorted(_FAMILIES))
+
+
+def family_files() -> dict[str, str]:
+    """Each of them and the module of this package that serves it."""
+    return {model_type: module for model_type, (module, _) in _FAMILIES.items()}
 
 
 def load_family(settings: Settings) -> Family:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.request import MediaPart, Message, TextPart
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families.nvila import Squares, _cut, _merged
@@ -76,3 +78,32 @@ def test_typed_placeholders_are_text(preprocessor: Any) -> None:
     prepared = prepare(preprocessor, "<image> and <vila/video>", (40, 40))
     assert "<image> and <vila/video>" in preprocessor.processor.tokenizer.decode(prepared.input_ids)
     assert (prepared.input_ids == preprocessor.token_id("image")).sum() == prepared.items[0].num_rows
+
+
+def test_three_folders_by_slices(tiny_checkpoint: Callable[[str], Path]) -> None:
+    family = load_family(Settings(model=str(tiny_checkpoint("nvila_original"))))
+    loaded = family.load_decoder("cpu", torch.float32)
+    _, source = family.open_decoder("cpu", torch.float32, progress=False)
+    for name, tensor in loaded.text_model.state_dict().items():
+        assert torch.equal(source.get(name), tensor), name
+    assert torch.equal(source.get("lm_head.weight"), loaded.lm_head.weight)
+    encoder = family.load_encoder("vision", "cpu", torch.float32)
+    assert not [n for n, _ in encoder.model.named_parameters() if n.startswith(("language_model.", "lm_head."))]
+
+
+def test_other_kinds_of_vila_are_refused(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    config = json.loads((tiny_checkpoint("nvila_original") / "config.json").read_text())
+    for k, (change, named) in enumerate(
+        [
+            ({"image_aspect_ratio": "resize"}, "image_aspect_ratio 'resize'"),
+            ({"mm_projector_cfg": {"mm_projector_type": "mlp2x_gelu"}}, "mm_projector_type 'mlp2x_gelu'"),
+            ({"s2_scales": "32,96"}, r"s2_scales \[32, 96\]"),
+            ({"llm_cfg": {"model_type": "llama"}}, "of type 'llama'"),
+        ]
+    ):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(TriptychError, match=named) as caught:
+            load_family(Settings(model=str(folder)))
+        assert caught.value.kind is ErrorKind.UNSUPPORTED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from .common import Tiny, bpe
@@ -135,16 +137,52 @@ def _write(folder: Path, lite: bool) -> None:
     )
 
 
+def _write_original(folder: Path, lite: bool) -> None:
+    """Three folders; the same in one folder, for the reference, lies in folder/single."""
+    single = folder / "single"
+    single.mkdir()
+    _write(single, lite)
+    stored = load_file(single / "model.safetensors")
+    for part, prefix in (("llm", "llm."), ("vision_tower", "vision_tower."), ("mm_projector", "mm_projector.")):
+        (folder / part).mkdir()
+        own = {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name.startswith(prefix)}
+        save_file(own, folder / part / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if (single / name).is_file():
+            (single / name).rename(folder / "llm" / name)
+    (single / "preprocessor_config.json").rename(folder / "vision_tower" / "preprocessor_config.json")
+    given = json.loads((single / "config.json").read_text())
+    (folder / "llm" / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"], **_QWEN2}))
+    projector = "mlp_downsample_3x3_fix" if lite else "mlp_downsample"
+    config = {
+        "architectures": ["LlavaLlamaModel"],
+        "model_type": "llava_llama",
+        "image_aspect_ratio": "dynamic" if lite else "dynamic_s2",
+        "dynamic_s2": not lite,
+        "s2_scales": f"{_SIDE},{2 * _SIDE},{3 * _SIDE}",
+        "num_video_frames": 8,
+        "mm_hidden_size": _WIDTH if lite else 3 * _WIDTH,
+        "mm_vision_select_layer": -2,
+        "model_dtype": "torch.bfloat16",
+        # a folder's own config.json is as good
+        "llm_cfg": "/somewhere/llm" if lite else given["text_config"],
+        "vision_tower_cfg": given["vision_config"],
+        "mm_projector_cfg": {"model_type": "v2l_projector", "mm_projector_type": projector},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 # --- the processor
 
 
 class Published:
     """What the published processors do, step by step."""
 
-    def __init__(self, folder: Path, lite: bool) -> None:
+    def __init__(self, tokenizer: Path, image_processor: Path, lite: bool, original: bool) -> None:
         self.lite = lite
-        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-        self.image_processor = transformers.SiglipImageProcessor.from_pretrained(folder)
+        self.original = original
+        self.tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(tokenizer)
+        self.image_processor = transformers.SiglipImageProcessor.from_pretrained(image_processor)
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
         tokens = {"image": "<image>", "video": "<vila/video>"}
@@ -153,7 +191,7 @@ class Published:
             content = message["content"]
             if not isinstance(content, str):
                 content = "".join(p["text"] if p["type"] == "text" else tokens[p["type"]] for p in content)
-            turns.append({"role": message["role"], "content": content})
+            turns.append({"role": message["role"], "content": content.strip() if self.original else content})
         return self.tokenizer.apply_chat_template(turns, **options)
 
 
@@ -326,8 +364,9 @@ def _see(w: Weights, pixels: torch.Tensor, blocks: tuple[int, int] | None, lite:
     return torch.cat(lines, dim=0).flatten(0, 1)
 
 
-def _reference(folder: Path, lite: bool) -> tuple[Any, Any]:
-    processor = Published(folder, lite)
+def _reference(folder: Path, lite: bool, original: bool) -> tuple[Any, Any]:
+    places = (folder / "llm", folder / "vision_tower") if original else (folder, folder)
+    processor = Published(*places, lite, original)
 
     def rows(w: Weights, inputs: Mapping[str, Any]) -> dict[int, torch.Tensor]:
         return {
@@ -336,16 +375,22 @@ def _reference(folder: Path, lite: bool) -> tuple[Any, Any]:
             if own
         }
 
-    return Reference(folder, transformers.Qwen2ForCausalLM, rows), processor
+    return Reference(folder / "single" if original else folder, transformers.Qwen2ForCausalLM, rows), processor
 
 
-def _family(lite: bool) -> Tiny:
+def _family(lite: bool, original: bool) -> Tiny:
+    write = _write_original if original else _write
     return Tiny(
-        lambda folder: _write(folder, lite),
+        lambda folder: write(folder, lite),
         ("image", "video"),
-        reference=lambda folder: _reference(folder, lite),
+        reference=lambda folder: _reference(folder, lite, original),
         inputs=_inputs,
     )
 
 
-FAMILIES = {"nvila": _family(False), "nvila_lite": _family(True)}
+FAMILIES = {
+    "nvila": _family(False, False),
+    "nvila_lite": _family(True, False),
+    "nvila_original": _family(False, True),
+    "nvila_lite_original": _family(True, True),
+}
