@@ -247,7 +247,11 @@ class TransformersPreprocessor(ABC):
     def _rope_index(
         self, ids: NDArray[np.int32], types: NDArray[np.int32], arguments: Mapping[str, Any]
     ) -> tuple[torch.Tensor, float]:
-        """What the model's own rule gives: position ids [axes, L], whole numbers or fractions, and the delta."""
+        """What the model's own rule gives: position ids [axes, L], whole numbers or fractions, and the delta.
+
+        Not the rule's own delta, which goes on after the highest position of all: ``generate`` goes on after that of
+        the last token, and a slow video may reach further than the text behind it.
+        """
         input_ids = torch.from_numpy(ids.astype(np.int64))[None]
         known = {
             "input_ids": input_ids,
@@ -257,8 +261,8 @@ class TransformersPreprocessor(ABC):
         }
         rule = self.base.get_rope_index
         names = inspect.signature(rule).parameters
-        position_ids, delta = rule(**{name: value for name, value in known.items() if name in names})
-        return position_ids[:, 0], delta.reshape(-1)[0].item()
+        position_ids, _ = rule(**{name: value for name, value in known.items() if name in names})
+        return position_ids[:, 0], position_ids[0, 0, -1].item() + 1 - len(ids)
 
     def _fingerprint(self, modality: str) -> str:
         """Changes whenever the processor's options for this modality do."""

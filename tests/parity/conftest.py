@@ -350,7 +350,7 @@ class Answer:
 
 TEXT = ("text", "text_turns")
 IMAGE = ("turns", "image", "two_images", "wide_image")
-VIDEO = ("video", "slow_video")
+VIDEO = ("video", "slow_video", "very_slow_video")
 AUDIO = ("audio", "two_audios")
 # a server takes ten seconds and more to start
 QUICK_SERVED = ("gemma3", "qwen2_5_omni")

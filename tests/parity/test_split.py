@@ -32,6 +32,9 @@ def chat_of(parts: Any, case: str) -> Any:
         return make.chat(make.video(4), "describe this video")
     if case == "slow_video":
         return make.chat("first ", make.video(5, frames=6, duration=5.0), "then")
+    if case == "very_slow_video":
+        # its positions go on behind those of the text
+        return make.chat(make.video(6, frames=8, duration=10.0), "x")
     if case == "audio":
         return make.chat(make.audio(6), "transcribe")
     if case == "two_audios":
