@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo serve test parity test-gpu lint format check repository clean
+.PHONY: help demo serve test parity test-gpu lint format check repository models clean
 help:                 ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -45,6 +45,9 @@ check: $(INSTALLED)   ## mypy, strict
 
 repository: $(INSTALLED)  ## write model_repository/ anew from the contract
 	@$(BIN)/python -m triptych.python_models.repository --output model_repository
+
+models: $(INSTALLED)  ## write docs/models.md anew from the registry and docs/parity.json
+	@$(BIN)/python docs/models_table.py
 
 clean:                ## remove the environment and all caches
 	@rm -rf $(VENV) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
