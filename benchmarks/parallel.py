@@ -107,6 +107,9 @@ class Timing:
             for way, reduce in ways.items():
                 self.figures[f"{name} {way} us"] = _time_sum(reduce, tensor)
 
+    def free(self) -> None:
+        """It holds nothing."""
+
 
 def _time_sum(reduce: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, repeats: int = 50) -> float:
     """Microseconds of one sum, inside a CUDA graph where there is one."""
@@ -144,10 +147,11 @@ def devices(device: str, count: int) -> list[str]:
     return ["cpu"] * count if device == "cpu" else [f"cuda:{rank}" for rank in range(count)]
 
 
-def sums(device: str) -> dict[str, float]:
+def sums(device: str) -> None:
+    """Print microseconds of sums as JSON."""
     group = ParallelRunner(Recipe("parallel:time_sums", {}, dtype="bfloat16"), devices(device, 2), lost)
     try:
-        return dict(group._local.figures)  # type: ignore[attr-defined]
+        print(json.dumps(group._local.figures), flush=True)  # type: ignore[attr-defined]
     finally:
         group.close()
 
@@ -158,8 +162,8 @@ def lost(error: Any) -> None:
     os._exit(1)
 
 
-def decode(device: str, part: str) -> dict[str, float]:
-    """Milliseconds of a decode step, and tokens/s, at each batch."""
+def decode(device: str, part: str) -> None:
+    """Print as JSON: milliseconds of a decode step, and tokens/s, at each batch."""
     shape, batches, tp, ep, one_shot = PARTS[part]
     config = SHAPES[shape]()
     if device == "cpu":
@@ -187,7 +191,8 @@ def decode(device: str, part: str) -> dict[str, float]:
             figures |= {f"{name} batch {batch}": value for name, value in drive(runner, batch, per_request).items()}
         if device != "cpu":
             figures["GPU 0 GiB"] = torch.cuda.max_memory_allocated(0) / 2**30
-        return figures
+        # said before the end, which may fail too
+        print(json.dumps(figures), flush=True)
     finally:
         if tp > 1:
             runner.close()
@@ -254,8 +259,10 @@ def main() -> None:
     parser.add_argument("--part-seconds", type=float, default=240, help="for one (default %(default)s)")
     args = parser.parse_args()
     if args.part:
-        figures = sums(args.device) if args.part == "sums" else decode(args.device, args.part)
-        print(json.dumps(figures))
+        if args.part == "sums":
+            sums(args.device)
+        else:
+            decode(args.device, args.part)
         return
     began, table = time.perf_counter(), {}
     for part in ["sums", *PARTS]:
@@ -286,12 +293,12 @@ def run_part(device: str, part: str, timeout_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         for one in (*process.children(recursive=True), process):
             one.send_signal(signal.SIGABRT)
-        process.communicate()
-        return {"failed": f"not done after {timeout_s:.0f} s, see above"}
+        out, _ = process.communicate()
+    figures: dict[str, float] = json.loads(out.splitlines()[-1]) if out.strip() else {}
+    known: dict[str, Any] = {name: round(value, 2) for name, value in figures.items()}
     if process.returncode:
-        return {"failed": f"exit code {process.returncode}, see above"}
-    figures: dict[str, float] = json.loads(out.splitlines()[-1])
-    return {name: round(value, 2) for name, value in figures.items()}
+        return known | {"failed": f"exit code {process.returncode}, see above"}
+    return known
 
 
 if __name__ == "__main__":

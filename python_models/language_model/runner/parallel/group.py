@@ -121,9 +121,12 @@ class Group:
             abort()
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the group; captured graphs must be gone."""
         self._buffer = None
-        if dist.is_initialized() and not self._aborted:
+        if self._device.type == "cuda":
+            # destroying a communicator that was captured waits for ever for the other ranks
+            self.abort()
+        elif dist.is_initialized():
             dist.destroy_process_group()
 
     @staticmethod

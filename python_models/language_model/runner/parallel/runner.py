@@ -161,6 +161,8 @@ class ParallelRunner:
         """End the workers and leave the group."""
         self._watch.close(_CLOSE_S)
         if self._group is not None:
+            if (local := getattr(self, "_local", None)) is not None:
+                local.free()
             self._group.close()
             self._group = None
         shutil.rmtree(self._folder, ignore_errors=True)
