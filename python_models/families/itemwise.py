@@ -21,7 +21,7 @@ class ItemwisePreprocessor(TransformersPreprocessor):
     """Pictures and videos of a processor that has ``replace_image_token`` and ``replace_video_token``."""
 
     needs_text: ClassVar[bool] = False
-    """The processor takes no media without a text, which costs the time of making thousands of tokens of it."""
+    """The processor takes no media without a text, or :meth:`tensors` reads its tokens; there may be thousands."""
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Pixels stay uint8; frames are those sampled while decoding."""

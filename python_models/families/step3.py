@@ -40,6 +40,8 @@ from .transformers_family import Tensors, TransformersEncoder, TransformersFamil
 class Step3p7Preprocessor(LlavaPreprocessor):
     """The whole of a picture and its windows."""
 
+    needs_text = True
+
     def tensors(self, modality: str, batch: Mapping[str, Any], index: int) -> Tensors:
         """Per picture.
 
