@@ -186,6 +186,7 @@ def test_numpy_and_torch_and_half_precision_embeddings(make_tiny):
     [
         ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
         ({"num_kv_shared_layers": 1}, "share keys and values"),
+        ({"hidden_size_per_layer_input": 4}, "embeddings of each token for every layer"),
         ({"use_bidirectional_attention": True}, "bidirectional attention over text"),
         ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "longrope for one type of layers"),
         ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "dynamic for one type of layers"),

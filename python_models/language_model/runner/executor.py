@@ -361,6 +361,8 @@ def refuse_unsupported(decoder: DecoderModel) -> None:
     elif getattr(config, "index_topk", None) is not None:
         # DeepSeek-V3.2 and its like
         reason = "attention to tokens that an indexer chooses"
+    elif getattr(config, "hidden_size_per_layer_input", 0) and decoder.token_arguments is None:
+        reason = "embeddings of each token for every layer"
     elif (getattr(config, "num_kv_shared_layers", 0) or 0) != len(_shared_layers(decoder.text_model)):
         reason = "layers that share keys and values in a way of their own"
     elif getattr(config, "use_bidirectional_attention", None) is True:
