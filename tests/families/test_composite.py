@@ -7,13 +7,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.contract.request import MediaPart, Message, TextPart
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families.registry import load_family
+from triptych.python_models.families.tower_attention import use_packed_attention
+from triptych.python_models.families.tower_fusion import fuse_tower
+from triptych.python_models.media.types import Image, Medium
 
 COMPOSITES = ("dots_ocr", "dots_vlm", "minicpmv", "minicpmo", "step3_vl", "nvila", "nvila_lite")
 
@@ -81,3 +87,26 @@ def test_random_weights_are_finite(folder: Path) -> None:
     for name in family.encoders:
         model = family.load_encoder(name, "cpu", torch.float32).model
         assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "tower"), [("dots_ocr", "vision_tower"), ("minicpmv", "vpm")])
+def test_towers_attend_in_one_call_for_all_pictures(
+    tiny_checkpoint: Callable[[str], Path], name: str, tower: str
+) -> None:
+    family = load_family(Settings(model=str(tiny_checkpoint(name))))
+    preprocessor, encoder = family.load_preprocessor(), family.load_encoder("vision", "cpu", torch.float32)
+    items = []
+    for k, size in enumerate([(56, 40), (33, 90)]):
+        picture = PILImage.fromarray(np.random.default_rng(k).integers(0, 256, (*size, 3), dtype=np.uint8))
+        messages = [Message("user", (MediaPart("image", blob=0), TextPart("x")))]
+        items += preprocessor.prepare(messages, [Medium("image", Image(picture), str(k), "x")]).features["vision"]
+    expected = encoder.encode(items)
+    use_packed_attention(encoder.model.get_submodule(tower))
+    for rows, wanted in zip(encoder.encode(items), expected, strict=True):
+        torch.testing.assert_close(rows, wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_the_dots_tower_is_fused_as_qwens(tiny_checkpoint: Callable[[str], Path]) -> None:
+    encoder = load_family(Settings(model=str(tiny_checkpoint("dots_ocr")))).load_encoder("vision", "cpu", torch.float32)
+    done = fuse_tower(encoder.model.vision_tower)
+    assert done["attention layers"] == done["gated layers"] == 2
