@@ -139,6 +139,14 @@ def test_unknown_setting_names_the_nearest() -> None:
     assert Settings.from_json(settings.to_json()) == settings
 
 
+@pytest.mark.parametrize("rate", ["1", "-0.1", "half", "nan"])
+def test_pruning_rates_are_shares(rate: str) -> None:
+    with pytest.raises(TriptychError, match="from 0 to less than 1") as caught:
+        Settings.from_dict({"video_pruning_rate": rate})
+    assert caught.value.param == "settings.video_pruning_rate"
+    assert Settings.from_dict({"video_pruning_rate": "0.7"}).video_pruning_rate == "0.7"
+
+
 def test_plan_round_trip() -> None:
     plan = Plan(
         (MediaItem("image", "ab", ((3, 7), (9, 10)), "vision"),),

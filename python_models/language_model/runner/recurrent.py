@@ -208,7 +208,7 @@ class StateStep:
             sent = torch.tensor(numbers, dtype=torch.int64).to(pool.device, non_blocking=True)
             parts = torch.split(sent, [num_singles, num_singles, len(saving), len(saving)])
             self._targets, self._sources, self._saving, self._saved = parts
-            self._fresh = torch.tensor(fresh).to(pool.device) if any(fresh) else None
+            self._fresh = torch.tensor(fresh).to(pool.device, non_blocking=True) if any(fresh) else None
 
     def recur(self, layer: int, hidden: torch.Tensor, run: Run) -> torch.Tensor:
         """See :class:`StateContext`."""
@@ -237,5 +237,5 @@ class StateStep:
         """The states that slices of one token begin with: zeros, not what the slot's last owner left, for new ones."""
         states = tensor.index_select(0, self._sources)
         if self._fresh is not None:
-            states[self._fresh] = 0
+            states.masked_fill_(self._fresh.view(-1, *[1] * (states.dim() - 1)), 0)
         return states
