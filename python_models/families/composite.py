@@ -7,7 +7,7 @@ weights; configuration, loading part by part and slices for several ranks are th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -145,6 +145,45 @@ def chat_template(folder: Path, tokenizer: Any) -> str | None:
         return str(json.loads(path.read_text(encoding="utf-8"))["chat_template"])
     found: str | None = tokenizer.chat_template
     return found
+
+
+def write_parts(owner: Any, tokens: Mapping[str, str]) -> None:
+    """Let messages of several parts reach a chat template that takes texts: as one text, tokens for the media.
+
+    A template that writes these tokens itself is left to it.
+
+    Args:
+        owner: of ``apply_chat_template``, which is replaced.
+        tokens: modality -> what stands for a medium.
+    """
+    render = owner.apply_chat_template
+    if renders_parts(render, tokens):
+        return
+
+    def joined(conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        return render([{**turn, "content": join_parts(turn["content"], tokens)} for turn in conversation], **options)
+
+    owner.apply_chat_template = joined
+
+
+def renders_parts(render: Callable[..., Any], tokens: Mapping[str, str]) -> bool:
+    """Whether a chat template itself writes the tokens of a message's parts."""
+    from jinja2.exceptions import TemplateError
+
+    parts = [{"type": "text", "text": "x"}, *({"type": modality} for modality in tokens)]
+    try:
+        text = str(render([{"role": "user", "content": parts}], tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        # it was not written for such content
+        return False
+    return all(token in text for token in tokens.values())
+
+
+def join_parts(content: Any, tokens: Mapping[str, str]) -> str:
+    """A message's content as one text."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else tokens[part["type"]] for part in content)
 
 
 def text_config(model_type: str, raw: Mapping[str, Any]) -> Any:

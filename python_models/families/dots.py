@@ -26,6 +26,7 @@ from .composite import (
     load_tokenizer,
     required,
     text_config,
+    write_parts,
 )
 from .loading import model_class
 from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
@@ -48,6 +49,7 @@ class DotsPreprocessor(QwenVisionPreprocessor):
         )
         processor.image_token = _IMAGE_TOKEN
         processor.image_token_id = tokenizer.convert_tokens_to_ids(_IMAGE_TOKEN)
+        write_parts(processor, {"image": f"<|img|>{_IMAGE_TOKEN}<|endofimg|>"})
         return processor
 
 

@@ -8,7 +8,8 @@ merged to, comes a line feed, a token of its own. Compared with the published pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
+from .composite import join_parts, renders_parts
 from .pixels import RAW
 
 Blocks = tuple[int, int]
@@ -72,12 +74,18 @@ class NVILAProcessor:
         self._side = int(image_processor.size["height"])
         (self._line_feed,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
         self._strips = strips
-        self._takes_parts = not strips and self._try_parts()
+        self._tokens = {"image": self.image_token, "video": self.video_token}
+        render = functools.partial(tokenizer.apply_chat_template, chat_template=template)
+        self._takes_parts = not strips and renders_parts(render, self._tokens)
 
     def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         """A template that takes texts gets the parts of a message as one."""
         if not self._takes_parts:
-            conversation = [{**message, "content": self._joined(message["content"])} for message in conversation]
+            texts = [join_parts(message["content"], self._tokens) for message in conversation]
+            conversation = [
+                {**message, "content": text.strip() if self._strips else text}
+                for message, text in zip(conversation, texts, strict=True)
+            ]
         return self.tokenizer.apply_chat_template(conversation, chat_template=self.chat_template, **options)
 
     def __call__(
@@ -152,25 +160,6 @@ class NVILAProcessor:
         return pieces[0] + "".join(
             (token + end) * len(tiles.rows) + piece for tiles, piece in zip(media, pieces[1:], strict=True)
         )
-
-    def _joined(self, content: Any) -> str:
-        if not isinstance(content, str):
-            tokens = {"image": self.image_token, "video": self.video_token}
-            content = "".join(part["text"] if part["type"] == "text" else tokens[part["type"]] for part in content)
-        return str(content.strip() if self._strips else content)
-
-    def _try_parts(self) -> bool:
-        """Whether the template itself writes the placeholders of a message's parts."""
-        from jinja2.exceptions import TemplateError
-
-        parts = [{"type": "image"}, {"type": "text", "text": "x"}, {"type": "video"}]
-        render: Callable[..., str] = self.tokenizer.apply_chat_template
-        try:
-            text = render([{"role": "user", "content": parts}], chat_template=self.chat_template, tokenize=False)
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
-            # it was not written for such content
-            return False
-        return f"{self.image_token}x{self.video_token}" in text
 
 
 def nearest_grid(size: tuple[int, int], fewest: int, most: int, side: int) -> tuple[int, int]:

@@ -36,6 +36,16 @@ _TEMPLATE = (
     "{%- endfor -%}"
     "{%- if messages[-1].role != 'assistant' -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
+# the same of texts alone
+_TEXTS = (
+    "{%- for m in messages -%}"
+    "{%- if m.role == 'system' -%}{{- '<|system|>' + m.content + '<|endofsystem|>\n' -}}"
+    "{%- elif m.role == 'user' -%}{{- '<|user|>' + m.content + '<|endofuser|>' -}}"
+    "{%- elif m.role == 'assistant' -%}{{- '<|assistant|>' + m.content -}}"
+    "{%- if not loop.last -%}{{- '<|endofassistant|>' -}}{%- endif -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if messages[-1].role != 'assistant' -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
 _VISION = {
     "embed_dim": _WIDTH,
     "hidden_size": _TEXT,
@@ -161,6 +171,7 @@ def _write(folder: Path, model_type: str, architecture: str, text_class: str, te
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "DotsVLProcessor",
     }
+    template = _TEMPLATE if model_type == "dots_ocr" else _TEXTS
     model = getattr(transformers, text_class)(getattr(transformers, text_class).config_class(**text))
     write_checkpoint(
         folder,
@@ -169,7 +180,7 @@ def _write(folder: Path, model_type: str, architecture: str, text_class: str, te
         text=model,
         prefix="",
         towers=_vision_weights(),
-        files={"preprocessor_config.json": preprocessor, "chat_template.json": {"chat_template": _TEMPLATE}},
+        files={"preprocessor_config.json": preprocessor, "chat_template.json": {"chat_template": template}},
     )
 
 
