@@ -126,10 +126,14 @@ class InternVLChat(InternVL):
         tower, text = required(raw, "vision_config"), dict(required(raw, "llm_config"))
         side, patch, ratio = image_side(raw), int(tower["patch_size"]), float(raw.get("downsample_ratio", 0.5))
         model_type = text.get("model_type")
-        scaling = text.get("rope_scaling") or {}
-        if scaling.get("rope_type", scaling.get("type")) == "dynamic":
+        scaling = dict(text.get("rope_scaling") or {})
+        kind = scaling.pop("rope_type", scaling.pop("type", None))
+        if kind == "dynamic":
             # changes nothing up to max_position_embeddings, and no request is longer than that
             text["rope_scaling"] = None
+        elif kind is not None:
+            # LongRoPE as Phi-3 first called it
+            text["rope_scaling"] = scaling | {"rope_type": "longrope" if kind == "su" else kind}
         if model_type == "internlm2":
             text["attention_bias"] = text.pop("bias", False)
         return model_class("InternVLConfig")(

@@ -48,6 +48,9 @@ _INTERNLM2 = (
     (".post_attention_layernorm.", ".ffn_norm."),
 )
 _DYNAMIC = {"factor": 2.0, "type": "dynamic"}
+# LongRoPE under its first name; no test is as long as where it changes
+_FACTORS = {"long_factor": [2.0 + k for k in range(8)], "short_factor": [1.0 + 0.1 * k for k in range(8)]}
+_SWITCH = {"original_max_position_embeddings": 1024}
 _SPECIAL = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
@@ -90,7 +93,9 @@ def _make(folder: Path, text: str, template: str, *, large_tower: bool = False) 
     """
     tokenizer = make_tokenizer(*_SPECIAL, named=NAMED, bos=text != "qwen2")
     rope: dict[str, Any] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
-    options = {"rope_parameters": rope} if text != "phi3" else {}
+    if text == "phi3":
+        rope = _FACTORS | _SWITCH | {"rope_type": "longrope", "rope_theta": 1e4}
+    options = {"rope_parameters": rope} | (_SWITCH if text == "phi3" else {})
     shape = text_shape(tokenizer, "llama" if text == "internlm2" else text, **options)
     tower = {
         "attention_bias": not large_tower,
@@ -130,8 +135,8 @@ def _make(folder: Path, text: str, template: str, *, large_tower: bool = False) 
     language = {key: value for key, value in shape.items() if key not in ("rope_parameters", "head_dim")} | {
         "architectures": ["InternLM2ForCausalLM"],
         "model_type": text,
-        "rope_theta": 1e6 if text != "phi3" else 1e4,
-        "rope_scaling": _DYNAMIC if text != "phi3" else None,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": _FACTORS | {"type": "su"} if text == "phi3" else _DYNAMIC,
         **({"bias": False} if text == "internlm2" else {}),
     }
     raw = {
