@@ -199,7 +199,7 @@ def text_config(model_type: str, raw: Mapping[str, Any]) -> Any:
     values = {key: value for key, value in raw.items() if key not in _NOT_TEXT and not key.endswith("_config")}
     try:
         return model_class("AutoConfig").for_model(model_type, **values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise TriptychError(
             ErrorKind.UNSUPPORTED, f"config.json describes no {model_type} text model: {error}", "settings.model"
         ) from None
