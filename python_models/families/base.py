@@ -7,13 +7,14 @@ lives in each stage process and is asked only for that stage's part, so no proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
 from ..contract.plan import MediaItem
 from ..contract.request import Message
@@ -132,9 +133,28 @@ class PrunedRows:
         return rows.rows if isinstance(rows, PrunedRows) else rows
 
 
+def refuse_modality(where: str, modality: str, name: str, allowed: Iterable[str]) -> TriptychError:
+    """The error for a medium that a family cannot take at all.
+
+    Args:
+        where: field that names the medium.
+        modality: of it.
+        name: of the family, as config.json says it.
+        allowed: modalities that it takes beside text.
+    """
+    takes = " and ".join(_PLURAL[own] for own in sorted(allowed)) or "text"
+    message = f"{where}: {name} takes {takes}, not {_PLURAL[modality]}"
+    return TriptychError(ErrorKind.UNSUPPORTED, message, where)
+
+
+_PLURAL = {"image": "images", "video": "videos", "audio": "audio"}
+
+
 class Preprocessor(Protocol):
     """A family's part of the preprocess stage. Thread-safe: many requests are prepared at once."""
 
+    name: str
+    """The ``model_type`` of config.json, for messages."""
     modalities: frozenset[str]
     """Of "image", "video", "audio": what this checkpoint takes."""
     frame_sampling: FrameSampling

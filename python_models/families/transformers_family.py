@@ -25,8 +25,8 @@ from ..contract.plan import MediaItem
 from ..contract.request import Message
 from ..contract.settings import Settings
 from ..media.types import Medium, Video
-from . import evs
-from .base import Decoder, FrameSampling, Prepared, PrunedRows, WeightSource
+from . import evs, overrides
+from .base import Decoder, FrameSampling, Prepared, PrunedRows, WeightSource, refuse_modality
 from .checkpoint import Checkpoint
 from .loading import load_part, meta_model, model_class, outline
 from .prompt import PromptWriter
@@ -49,6 +49,7 @@ class TransformersPreprocessor(ABC):
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
         """Args: the checkpoint; options; its model on the meta device; modality -> encoder that takes it."""
+        self.name = checkpoint.model_type
         self.folder = checkpoint.folder
         self.processor = self.load_processor(checkpoint.folder, settings)
         self.encoders = encoders
@@ -114,12 +115,7 @@ class TransformersPreprocessor(ABC):
     def check_medium(self, medium: Medium) -> None:
         """Refuse a medium that the processor cannot take, naming its field and the limit."""
         if medium.modality not in self.modalities:
-            raise TriptychError(
-                ErrorKind.UNSUPPORTED,
-                f"{medium.param}: this model does not take {medium.modality}; it takes "
-                f"{', '.join(['text', *sorted(self.modalities)])}",
-                medium.param,
-            )
+            raise refuse_modality(medium.param, medium.modality, self.name, self.modalities)
 
     def position_arguments(
         self, batch: Mapping[str, Any], features: Mapping[str, Sequence[Tensors]], media: Mapping[str, Sequence[Medium]]
@@ -343,13 +339,23 @@ class TransformersFamily(ABC):
         """The configuration of that class; a published format translates its own."""
         return self.load_class().config_class.from_pretrained(self.checkpoint.folder)
 
+    def config(self) -> Any:
+        """The same with what the operator overrides.
+
+        Raises:
+            TriptychError: INVALID_REQUEST for a key that the model's config does not have.
+        """
+        config = self.load_config()
+        overrides.apply(config, self.checkpoint.overrides, self.checkpoint.original)
+        return config
+
     def load_tokenizer(self) -> Any:
         """The checkpoint's tokenizer."""
         return load_auto("AutoTokenizer", "tokenizer", self.checkpoint.folder, self.settings)
 
     def load_preprocessor(self) -> TransformersPreprocessor:
         """See :meth:`.base.Family.load_preprocessor`."""
-        model = meta_model(self.load_class(), self.load_config())
+        model = meta_model(self.load_class(), self.config())
         return self.preprocessor_class(self.checkpoint, self.settings, model, self.modality_encoders)
 
     def load_encoder(self, encoder: str, device: str, dtype: torch.dtype) -> TransformersEncoder:
@@ -397,7 +403,7 @@ class TransformersFamily(ABC):
 
     def open_decoder(self, device: str, dtype: torch.dtype, *, progress: bool) -> tuple[Decoder, WeightSource]:
         """See :meth:`.base.Family.open_decoder`."""
-        model = outline(self.load_class(), self.load_config(), self.decoder_parts, dtype)
+        model = outline(self.load_class(), self.config(), self.decoder_parts, dtype)
         text = _path_of(model, self.text_model(model))
 
         def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
@@ -428,7 +434,7 @@ class TransformersFamily(ABC):
     def _load(self, keep: Callable[[Any], Sequence[str]], part: str, device: str, dtype: torch.dtype) -> Any:
         return load_part(
             self.load_class(),
-            self.load_config(),
+            self.config(),
             self.checkpoint.folder,
             keep,
             part=part,
@@ -453,8 +459,27 @@ def context_length(config: Any) -> int:
     return int(config.get_text_config().max_position_embeddings)
 
 
+_FILES = {
+    "tokenizer": ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json"),
+    "processor": ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+}
+
+
 def load_auto(auto_class: str, what: str, folder: Path, settings: Settings, **options: Any) -> Any:
-    """The checkpoint's processor or tokenizer; code that it brings along runs only where the operator trusts it."""
+    """The checkpoint's processor or tokenizer; code that it brings along runs only where the operator trusts it.
+
+    Raises:
+        TriptychError: MODEL_NOT_FOUND, naming the files that are not there.
+    """
+    # transformers may make do with an empty tokenizer of the family's usual kind
+    wanted = _FILES["tokenizer"] if auto_class in ("AutoProcessor", "AutoTokenizer") else ()
+    for needed in (wanted, _FILES["processor"] if auto_class == "AutoProcessor" else ()):
+        if needed and not any(next(folder.glob(name), None) for name in needed):
+            raise TriptychError(
+                ErrorKind.MODEL_NOT_FOUND,
+                f"the {what} of {folder} cannot be loaded: there is none of {', '.join(needed)}",
+                "settings.model",
+            )
     old = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     if old and importlib.util.find_spec("sentencepiece") is None:
         # transformers would go on and read the file as what it is not

@@ -24,7 +24,7 @@ from ..contract.features import pack
 from ..contract.plan import Plan
 from ..contract.request import ChatRequest
 from ..contract.settings import Settings
-from ..families.base import Prepared, Preprocessor
+from ..families.base import Prepared, Preprocessor, refuse_modality
 from ..media.fetch import Fetcher
 from ..media.pool import DecodePool
 from ..media.types import Medium
@@ -284,10 +284,7 @@ class PreprocessStage(Stage):
         allowed = self._preprocessor.modalities
         for where, part in parts:
             if part.modality not in allowed:
-                takes = ", ".join(("text", *sorted(allowed)))
-                raise TriptychError(
-                    ErrorKind.UNSUPPORTED, f"{where}: this model takes no {part.modality}; it takes {takes}", where
-                )
+                raise refuse_modality(where, part.modality, self._preprocessor.name, allowed)
             if part.blob is not None and len(blobs[part.blob]) > self.settings.max_media_bytes:
                 raise TriptychError(
                     ErrorKind.TOO_LARGE,

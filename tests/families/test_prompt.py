@@ -146,7 +146,7 @@ def test_no_template(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> 
 
 
 def test_modality_the_model_does_not_take(vl: Any) -> None:
-    with pytest.raises(TriptychError, match="does not take audio; it takes text, image, video") as caught:
+    with pytest.raises(TriptychError, match="qwen2_5_vl takes images and videos, not audio") as caught:
         vl.prepare([user(audio(8000))], [audio(8000)])
     assert caught.value.kind is ErrorKind.UNSUPPORTED
     assert caught.value.param == "messages[0].content[0]"

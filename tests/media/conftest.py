@@ -163,6 +163,7 @@ class Letters:
     context_length = 1000
 
     def __init__(self, modalities: Sequence[str] = ("image", "video", "audio")) -> None:
+        self.name = "fake"
         self.modalities = frozenset(modalities)
         self.seen: list[list[Medium]] = []
         self.gate = threading.Event()

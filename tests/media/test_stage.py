@@ -172,7 +172,8 @@ def test_unsupported_modality(make: Callable[..., Any]) -> None:
         error = running.start([blob(modality)], b"x").error
         assert error.kind is ErrorKind.UNSUPPORTED
         assert error.param == "messages[0].content[0]"
-        assert "it takes text, image" in error.message
+        names = {"video": "videos", "audio": "audio"}
+        assert error.message.endswith(f": fake takes images, not {names[modality]}")
     running.check_healthy()
 
 

@@ -377,7 +377,7 @@ def test_a_checkpoint_of_text_alone(
 ) -> None:
     parts = make_parts("gemma3_text")
     assert not parts.family.encoders
-    with pytest.raises(TriptychError, match="does not take image; it takes text") as caught:
+    with pytest.raises(TriptychError, match="gemma3_text takes text, not images") as caught:
         parts.prepare(chat_of(parts, "one picture"))
     assert caught.value.kind is ErrorKind.UNSUPPORTED
     chats = [parts.make.chat("what is shown here? " * count) for count in (1, 3, 7)]
