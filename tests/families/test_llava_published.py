@@ -16,6 +16,7 @@ from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families.checkpoint import Checkpoint
 from triptych.python_models.families.llava_original import Published, original
+from triptych.python_models.families.loading import meta_model
 from triptych.python_models.families.registry import load_family
 from triptych.python_models.families.templates import TEMPLATES
 
@@ -201,3 +202,109 @@ def test_tokens_that_end_an_answer(tiny_checkpoint: Callable[[str], Path]) -> No
     family: Any = load_family(Settings(model=str(tiny_checkpoint("internvl2_internlm2"))))
     decoder = family.load_decoder("cpu", torch.float32)
     assert decoder.tokenizer.convert_tokens_to_ids("<|im_end|>") in decoder.eos_token_ids
+
+
+# config.json as published, shortened to what a family reads; parameters of the whole in thousands of millions
+_LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "vocab_size": 32000,
+}
+_QWEN2 = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+_MM = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": CLIP,
+}
+_CHAT = {
+    "model_type": "internvl_chat",
+    "downsample_ratio": 0.5,
+    "force_image_size": 448,
+    "ps_version": "v2",
+    "select_layer": -1,
+    "vision_config": {
+        "hidden_act": "gelu",
+        "hidden_size": 1024,
+        "image_size": 448,
+        "intermediate_size": 4096,
+        "layer_norm_eps": 1e-06,
+        "norm_type": "layer_norm",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "qk_normalization": False,
+        "qkv_bias": True,
+    },
+}
+_INTERNLM2 = {
+    "model_type": "internlm2",
+    "bias": False,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 2.0, "type": "dynamic"},
+    "rope_theta": 1000000,
+    "tie_word_embeddings": False,
+    "vocab_size": 92553,
+}
+SIZES: dict[str, tuple[dict[str, Any], float]] = {
+    "liuhaotian/llava-v1.5-7b": (_LLAMA | _MM | {"model_type": "llava", "image_aspect_ratio": "pad"}, 7.063),
+    "liuhaotian/llava-v1.6-mistral-7b": (
+        _LLAMA
+        | _MM
+        | {"model_type": "llava_mistral", "image_aspect_ratio": "anyres", "image_grid_pinpoints": [[336, 672]]}
+        | {"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": None, "rope_theta": 1000000.0},
+        7.566,
+    ),
+    "lmms-lab/llava-onevision-qwen2-7b-ov": (
+        _QWEN2
+        | _MM
+        | {"architectures": ["LlavaQwenForCausalLM"], "model_type": "llava_qwen", "mm_vision_tower": SIGLIP}
+        | {"image_aspect_ratio": "anyres_max_9", "image_grid_pinpoints": "(1x1),...,(6x6)"},
+        8.030,
+    ),
+    "OpenGVLab/InternVL2-8B": (_CHAT | {"template": "internlm2-chat", "llm_config": _INTERNLM2}, 8.075),
+    "OpenGVLab/InternVL3-8B": (
+        _CHAT | {"template": "internvl2_5", "llm_config": _QWEN2 | {"model_type": "qwen2", "vocab_size": 151674}},
+        7.944,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_sizes(tmp_path: Path, name: str) -> None:
+    """The model that a published config.json describes has as many parameters as the checkpoint; no weights needed."""
+    raw, billions = SIZES[name]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    family: Any = load_family(Settings(model=str(tmp_path)))
+    model = meta_model(family.load_class(), family.load_config())
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.001)
+    rope = model.config.get_text_config().rope_parameters
+    assert rope["rope_type"] == "default"
