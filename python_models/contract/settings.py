@@ -25,6 +25,7 @@ class Settings:
         device: "auto" (cuda where there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's on GPU, float32 on CPU), "float32", "bfloat16" or "float16".
         load_format: "auto" (the checkpoint's weights) or "dummy" (random ones of the same shapes, to measure speed).
+        json_model_override_args: JSON object merged over the checkpoint's config.json, in every stage.
         context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.
         max_running_requests: requests that decode together.
         max_mamba_cache_size: requests whose recurrent state (Mamba, gated delta net) is held at once, at most
@@ -72,6 +73,7 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     load_format: str = "auto"
+    json_model_override_args: str = ""
     context_length: int = 0
     max_running_requests: int = 64
     max_mamba_cache_size: int = 0

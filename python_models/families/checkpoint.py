@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.settings import Settings
+from . import overrides
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Everything that configuration, processors and safetensors weights may be stored in; no images. ERNIE's video processor
@@ -26,11 +27,15 @@ class Checkpoint:
 
     Attributes:
         folder: where its files are.
-        config: its parsed ``config.json``.
+        config: its parsed ``config.json``, with what the operator overrides.
+        overrides: that alone.
+        original: ``config.json`` without it.
     """
 
     folder: Path
     config: dict[str, Any]
+    overrides: dict[str, Any] = field(default_factory=dict)
+    original: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -67,7 +72,8 @@ def find_checkpoint(settings: Settings) -> Checkpoint:
     """The checkpoint that ``settings.model`` names: "builtin", a folder, or a hub id (downloaded on first use).
 
     Raises:
-        TriptychError: MODEL_NOT_FOUND saying what was tried and what to do.
+        TriptychError: MODEL_NOT_FOUND saying what was tried and what to do; INVALID_REQUEST for overrides that are no
+            JSON object.
     """
     folder = _folder(settings)
     path = folder / "config.json"
@@ -82,7 +88,8 @@ def find_checkpoint(settings: Settings) -> Checkpoint:
         raise _not_found(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise _not_found(f"{path} must hold a JSON object")
-    return Checkpoint(folder, config)
+    changes = overrides.parse(settings.json_model_override_args)
+    return Checkpoint(folder, overrides.merged(config, changes), changes, config)
 
 
 def _folder(settings: Settings) -> Path:

@@ -178,7 +178,7 @@ class Gemma3n(TransformersFamily):
 
     def load_preprocessor(self) -> TransformersPreprocessor:
         """See :meth:`.base.Family.load_preprocessor`; of what there is an encoder for."""
-        model = meta_model(self.load_class(), self.load_config())
+        model = meta_model(self.load_class(), self.config())
         encoders = {m: encoder for m, encoder in self.modality_encoders.items() if encoder in self.encoders}
         return self.preprocessor_class(self.checkpoint, self.settings, model, encoders)
 

@@ -349,7 +349,7 @@ class Phi4Multimodal(TransformersFamily):
     def load_preprocessor(self) -> TransformersPreprocessor:
         """See :meth:`.base.Family.load_preprocessor`."""
         return self.preprocessor_class(
-            self.checkpoint, self.settings, meta_model(super().load_class(), self.load_config()), self.modality_encoders
+            self.checkpoint, self.settings, meta_model(super().load_class(), self.config()), self.modality_encoders
         )
 
     def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
