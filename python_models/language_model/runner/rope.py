@@ -20,7 +20,11 @@ import torch
 from torch import nn
 
 _RECOMPUTING = frozenset({"phi3", "phi4_multimodal", "phimoe"})
-"""Model types whose ``prepare_inputs_for_generation`` drops the KV cache at the switch."""
+"""Model types whose ``prepare_inputs_for_generation`` drops the KV cache at the switch.
+
+That of phi4_multimodal does so in transformers 5.23 without going back to the first token, and so forgets what was
+said; here it is computed anew like the others.
+"""
 
 
 @dataclass(frozen=True)
