@@ -61,6 +61,7 @@ def _build(
     settings: Settings, device: str, decoder: Decoder | None, on_fault: Callable[[TriptychError], None] | None
 ) -> tuple[AnyRunner, Decoder, tuple[int, ...]]:
     runner: AnyRunner
+    memory: tuple[int, int] | None
     if settings.tp > 1:
         runner, decoder = _parallel(settings, device, on_fault)
         memory = runner.memory()
