@@ -293,7 +293,7 @@ def _nano_inputs(own: Any, prompt: str, media: Mapping[str, list[Any]]) -> dict[
 
 _WITHOUT = dict.fromkeys(
     ("image_and_video", "mixed"), "transformers' forward takes rows of pictures or of a video, not both"
-)
+) | {"two_videos": "transformers' processor takes one video a prompt"}
 FAMILIES = {
     "nemotron_h_omni": Tiny(_omni, ("image", "video", "audio"), without=_WITHOUT, reference=whole, inputs=inputs),
     "nemotron_nano_vl": Tiny(_nano, ("image", "video"), reference=_nano_whole, inputs=_nano_inputs),
