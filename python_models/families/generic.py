@@ -37,6 +37,8 @@ _ENCODERS = {"image": "vision", "video": "vision", "audio": "audio"}
 _COUNT = "rows"
 # transformers' mappings of model_type to class, the first that knows one wins
 _KINDS = ("MULTIMODAL_LM", "CAUSAL_LM")
+# names in auto_map under which a checkpoint's own code may hold a model that writes text
+_AUTO = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM")
 
 
 class GenericPreprocessor(TransformersPreprocessor):
@@ -153,6 +155,13 @@ class GenericEncoder(TransformersEncoder):
 class _Generic(TransformersFamily):
     """What both kinds share."""
 
+    cls: ClassVar[Any]
+    """The model's class."""
+
+    def load_class(self) -> Any:
+        """See :attr:`cls`."""
+        return self.cls
+
     def _decoder(self, model: Any, embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Decoder:
         finish = head_of(model)
         if finish is not None:
@@ -190,30 +199,60 @@ def known_model_types(*kinds: str) -> frozenset[str]:
 
 
 def find(checkpoint: Checkpoint, settings: Settings) -> Family | None:
-    """The family of a checkpoint that no file is written for; None where transformers does not know it either.
+    """The family of a checkpoint that no file is written for.
+
+    A class that the checkpoint itself brings along is the last resort, where the operator trusts it.
+
+    Returns:
+        None where neither transformers nor the checkpoint has a class for it.
 
     Raises:
         TriptychError: UNSUPPORTED, with what does not fit.
     """
+    known = _known_class(checkpoint) or _own_class(checkpoint, settings)
+    if known is None:
+        return None
+    cls, alone = known
+    try:
+        found = _family(cls, checkpoint, alone=alone)
+    except UnfitError as error:
+        raise _unsupported(checkpoint, f"{error} (model_type {checkpoint.model_type}, {cls.__name__})") from None
+    logger.warning("no file is written for model_type %s: it runs through the generic adapter", checkpoint.model_type)
+    return found(checkpoint, settings)
+
+
+def _known_class(checkpoint: Checkpoint) -> tuple[Any, bool] | None:
+    """(class of transformers, it may be of a language model alone)."""
     for kind in _KINDS:
         names = _classes(kind).get(checkpoint.model_type, ())
         if names:
             wanted = [name for name in names if name in checkpoint.config.get("architectures", ())]
             name = (wanted or names)[0]
-            try:
-                found = _family(name, checkpoint, alone=kind == "CAUSAL_LM" or name.endswith("ForCausalLM"))
-            except UnfitError as error:
-                raise TriptychError(
-                    ErrorKind.UNSUPPORTED,
-                    f"{checkpoint.folder} is not supported because {error} (model_type {checkpoint.model_type}, "
-                    f"transformers' {name})",
-                    "settings.model",
-                ) from None
-            logger.warning(
-                "no file is written for model_type %s: it runs through the generic adapter", checkpoint.model_type
-            )
-            return found(checkpoint, settings)
+            return model_class(name), kind == "CAUSAL_LM" or name.endswith("ForCausalLM")
     return None
+
+
+def _own_class(checkpoint: Checkpoint, settings: Settings) -> tuple[Any, bool] | None:
+    """The same of the class in a checkpoint's own code."""
+    names = checkpoint.config.get("auto_map") or {}
+    name = next((names[auto] for auto in _AUTO if auto in names), None)
+    if name is None:
+        return None
+    if not settings.trust_remote_code:
+        raise _unsupported(
+            checkpoint,
+            f"Triptych knows no model_type {checkpoint.model_type!r}, and code that the checkpoint brings along "
+            f"({name}) only runs where it is trusted: with --trust-remote-code",
+        )
+    model_class("AutoConfig")
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(name, checkpoint.folder), True
+
+
+def _unsupported(checkpoint: Checkpoint, reason: str) -> TriptychError:
+    message = f"{checkpoint.folder} is not supported because {reason}"
+    return TriptychError(ErrorKind.UNSUPPORTED, message, "settings.model")
 
 
 def deepstack_layers(model: Any) -> int:
@@ -223,9 +262,8 @@ def deepstack_layers(model: Any) -> int:
     return len(model.config.vision_config.deepstack_visual_indexes)
 
 
-def _family(name: str, checkpoint: Checkpoint, *, alone: bool) -> type[_Generic]:
+def _family(cls: Any, checkpoint: Checkpoint, *, alone: bool) -> type[_Generic]:
     """The adapter of a class, which may be of a language model alone."""
-    cls = model_class(name)
     try:
         model = meta_model(cls, cls.config_class.from_pretrained(checkpoint.folder))
     except (ImportError, AttributeError, TypeError, ValueError, KeyError) as error:
@@ -235,14 +273,14 @@ def _family(name: str, checkpoint: Checkpoint, *, alone: bool) -> type[_Generic]
         if not alone:
             raise UnfitError("it has none of get_image_features, get_video_features and get_audio_features")
         text_model_of(model)
-        return type("GenericText", (GenericText,), {"model_class": name})
+        return type("GenericText", (GenericText,), {"cls": cls})
     modalities, parts = multimodal_parts(model)
     encoders = {modality: _ENCODERS[modality] for modality in modalities}
     return type(
         "GenericFamily",
         (GenericFamily,),
         # which of them a modality needs, the code does not say: both towers of a model that has two go to each stage
-        {"model_class": name, "modality_encoders": encoders, "towers": dict.fromkeys(encoders.values(), parts)},
+        {"cls": cls, "modality_encoders": encoders, "towers": dict.fromkeys(encoders.values(), parts)},
     )
 
 

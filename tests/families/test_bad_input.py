@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image as PILImage
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
@@ -25,8 +28,8 @@ PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preproc
 def bare(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
     """(family, names of files) -> its folder without them."""
 
-    def make(family: str, *gone: str) -> Path:
-        folder = tmp_path / family
+    def make(family: str, *gone: str, into: str = "bare") -> Path:
+        folder = tmp_path / into
         shutil.copytree(tiny_checkpoint(family), folder)
         for name in gone:
             (folder / name).unlink(missing_ok=True)
@@ -56,6 +59,37 @@ def test_a_folder_without_a_processor(bare: Callable[..., Path], family: str) ->
     error = refused(bare(family, *PROCESSOR))
     assert error.kind is ErrorKind.MODEL_NOT_FOUND
     assert f"there is none of {', '.join(PROCESSOR)}" in error.message
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_code_that_a_checkpoint_brings_along_runs_only_where_it_is_trusted(bare: Callable[..., Path]) -> None:
+    folder = bare("llama")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_mine.py").write_text(CODE)
+    error = refused(folder)
+    assert error.kind is ErrorKind.UNSUPPORTED
+    assert "knows no model_type 'mine'" in error.message
+    assert "--trust-remote-code" in error.message
+    family: Any = load_family(Settings(model=str(folder), trust_remote_code=True))
+    prompt = family.load_preprocessor().prepare([Message("user", (TextPart("hello"),), plain=True)], [])
+    decoder = family.load_decoder("cpu", torch.float32)
+    ids = torch.from_numpy(prompt.input_ids.astype(np.int64))
+    hidden = decoder.text_model(inputs_embeds=decoder.embed(ids, ids < 0)[None]).last_hidden_state
+    whole = transformers.LlamaForCausalLM.from_pretrained(bare("llama", into="plain"), dtype=torch.float32)
+    torch.testing.assert_close(decoder.lm_head(hidden), whole(ids[None]).logits)
 
 
 def image() -> Medium:
