@@ -18,6 +18,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.ttf"]
 # Weights of older checkpoints, which have no safetensors; nothing but tensors is unpickled from them.
 _OLDER = ["pytorch_model*.bin"]
+# Only where it is trusted.
+_CODE = "*.py"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -108,10 +110,11 @@ def _folder(settings: Settings) -> Path:
             f"there is no folder {model!r}, and it is not a hub id; give 'builtin', a folder with config.json, "
             "or a Hugging Face id such as 'Qwen/Qwen2.5-VL-3B-Instruct'"
         )
-    return _download(model, settings.revision)
+    code = [_CODE] if settings.trust_remote_code else []
+    return _download(model, settings.revision, [*_WANTED, *code])
 
 
-def _download(hub_id: str, revision: str) -> Path:
+def _download(hub_id: str, revision: str, wanted: list[str]) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -119,7 +122,7 @@ def _download(hub_id: str, revision: str) -> Path:
     what = f"{hub_id!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         # Shows a progress bar on a terminal, takes what is in the local cache as it is, resumes what was cut short.
-        folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=wanted))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(hub_id, revision=revision or None, allow_patterns=_OLDER)
         return folder

@@ -92,12 +92,21 @@ def test_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_TOKEN" in caught.value.message
 
 
-def test_hub_id_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trust", [False, True])
+def test_hub_id_downloads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trust: bool) -> None:
+    """Code too only where it is trusted."""
     import huggingface_hub
 
     write_config(tmp_path, {"model_type": "qwen2_vl"})
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path))
-    assert find_checkpoint(Settings(model="Some/Model")).folder == tmp_path
+    asked: list[list[str]] = []
+
+    def download(*args: Any, allow_patterns: list[str], **kwargs: Any) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert find_checkpoint(Settings(model="Some/Model", trust_remote_code=trust)).folder == tmp_path
+    assert ("*.py" in asked[0]) is trust
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model-00001-of-00002.bin"])
