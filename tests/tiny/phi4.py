@@ -50,7 +50,7 @@ def _tokenizer(template: str) -> Any:
     return tokenizer
 
 
-def _config(tokenizer: Any, rope: dict[str, Any]) -> Any:
+def _config(tokenizer: Any, rope: dict[str, Any], switch: int = 4096) -> Any:
     vision = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -81,7 +81,7 @@ def _config(tokenizer: Any, rope: dict[str, Any]) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=8192,
-        original_max_position_embeddings=4096,
+        original_max_position_embeddings=switch,
         rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.75, **rope},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[tokenizer.pad_token_id, tokenizer.eos_token_id],
@@ -168,7 +168,8 @@ _PUBLISHED = (
 def _published(folder: Path) -> None:
     tokenizer = _tokenizer(_TEXT_TEMPLATE)
     factors = {"short_factor": [1.0 + 0.1 * k for k in range(6)], "long_factor": [2.0 + k for k in range(6)]}
-    config = _config(tokenizer, {"rope_type": "longrope", **factors})
+    # between a prompt with one picture and one with two
+    config = _config(tokenizer, {"rope_type": "longrope", **factors}, switch=600)
     model = _model(config)
     adapters = _adapters(model)
     (folder / "whole").mkdir(parents=True)
