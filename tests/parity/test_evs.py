@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from triptych.client.launcher import TritonServer, find_server
+from triptych.client.sdk import Client
 from triptych.kernels.evs import num_kept
 from triptych.python_models.contract.features import pack
 from triptych.python_models.contract.plan import Plan
@@ -19,6 +22,8 @@ from triptych.python_models.families.registry import load_family
 from triptych.python_models.language_model.stage import LanguageModelStage
 from triptych.python_models.media.types import Medium, Video
 from triptych.python_models.stage import NoTelemetry
+
+from .test_served import LOAD_S, Served
 
 NEW_TOKENS = 10
 FRAMES = 6
@@ -45,9 +50,10 @@ def expected(parts: Any, chat: Any, rate: float) -> list[int]:
     embeddings, _ = parts.splice(prepared)
     (item,) = prepared.items
     places = np.concatenate([np.arange(start, end) for start, end in item.spans])
-    side = int((len(places) // FRAMES) ** 0.5)
+    frames = len(chat.media[0].data.frames)
+    side = int((len(places) // frames) ** 0.5)
     mask = compute_retention_mask(
-        video_embeds=embeddings[places], thw=(FRAMES, side, side), spatial_merge_size=1, q=rate
+        video_embeds=embeddings[places], thw=(frames, side, side), spatial_merge_size=1, q=rate
     )
     keep = torch.ones(len(embeddings), dtype=torch.bool)
     keep[places] = mask
@@ -96,3 +102,25 @@ def test_tokens_are_those_of_the_shorter_prompt(
     finally:
         encoder.close()
         language_model.close()
+
+
+def test_through_the_real_server(make_parts: Callable[[str], Any], tmp_path: Path) -> None:
+    """What only the encoder knows goes from process to process."""
+    parts = make_parts("nemotron_nano_vl")
+    settings = replace(parts.settings, device="cpu", torch_threads=1, video_pruning_rate="0.6")
+    with TritonServer(find_server(), settings, log=tmp_path / "server.log") as server:
+        server.wait_ready(LOAD_S, lambda said: None)
+        with Client(server.grpc_url) as client:
+            served = Served(parts, server, client, tmp_path)
+            chat = parts.make.chat("first ", served.medium("video", 3), "what changes?")
+            # the second time from the caches of encoder and language model
+            for _ in range(2):
+                deltas = list(served.ask(chat))
+                tokens = [token for delta in deltas for token in delta.token_ids]
+                without_end = tokens[:-1] if tokens[-1] in parts.decoder.eos_token_ids else tokens
+                assert without_end == expected(parts, chat, 0.6)
+            whole = parts.prepare(chat)
+            (item,) = whole.items
+            left_out = item.num_tokens - num_kept(len(item.spans), item.num_tokens // len(item.spans), 0.6)
+            assert left_out > 0
+            assert deltas[-1].usage.prompt_tokens == len(whole.input_ids) - left_out
