@@ -85,9 +85,14 @@ def test_families_without_fused_layers(config, reason):
     assert reason in result
 
 
-def test_frequencies_that_depend_on_the_batch():
-    decoder = make_decoder("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    assert build(decoder) == "rope_type dynamic"
+def test_frequencies_that_depend_on_lengths():
+    options = {"rope_theta": 1e4, "factor": 2.0}
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 32}
+    decoder = make_decoder("llama", rope_parameters={"rope_type": "longrope", **options, **factors})
+    assert build(decoder) == "rope_type longrope"
+    # these do not up to the longest request
+    decoder = make_decoder("llama", rope_parameters={"rope_type": "dynamic", **options})
+    assert isinstance(build(decoder), FusedDecoder)
 
 
 class Adapted(torch.nn.Linear):
