@@ -10,7 +10,6 @@ is one tile, written with its time. Tokens of videos are pruned as config.json s
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
 from ..contract.settings import Settings
 from ..media.types import Image, Medium, Video
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, find_checkpoint
 from .nemotron import NemotronOmni, NemotronPreprocessor
 from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor, load_auto
 
@@ -94,8 +93,9 @@ class NanoPreprocessor(NemotronPreprocessor):
 
     def load_processor(self, folder: Path, settings: Settings) -> Any:
         """The tokenizer, and the checkpoint's own rules in our words."""
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return NanoProcessor(load_auto("AutoTokenizer", "tokenizer", folder, settings), config)
+        return NanoProcessor(
+            load_auto("AutoTokenizer", "tokenizer", folder, settings), find_checkpoint(settings).config
+        )
 
     def _fingerprint(self, modality: str) -> str:
         own = self.processor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -203,13 +204,21 @@ def test_another_rate_is_another_medium(omni: Any, make_stages: Callable[[str], 
 
 
 def test_the_checkpoint_says_how_much_unless_the_option_does(omni: Any) -> None:
-    own = load_family(omni.settings).load_config()
     for rate, option, kept in ((0.5, "", 20), (0.5, "0", 40), (0.0, "0.7", 12), (0.0, "", 40)):
-        family = load_family(replace(omni.settings, video_pruning_rate=option))
-        own.video_pruning_rate = rate
-        family.load_config = lambda: own  # type: ignore[method-assign]
+        own = json.dumps({"video_pruning_rate": rate})
+        family = load_family(replace(omni.settings, video_pruning_rate=option, json_model_override_args=own))
         chat = omni.make.chat(clip(1), "x")
         (item,) = family.load_preprocessor().prepare(chat.messages, chat.media).items
+        assert item.num_tokens == kept
+
+
+def test_the_published_format_says_it_too(make_parts: Callable[[str], Any]) -> None:
+    nano = make_parts("nemotron_nano_vl")
+    for rate, kept in ((0.0, 80), (0.7, 24)):
+        settings = replace(nano.settings, json_model_override_args=json.dumps({"video_pruning_rate": rate}))
+        chat = nano.make.chat(clip(1), "x")
+        (item,) = load_family(settings).load_preprocessor().prepare(chat.messages, chat.media).items
+        # one picture for each frame, not for each pair
         assert item.num_tokens == kept
 
 
