@@ -10,6 +10,7 @@ conversion script for it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -108,7 +109,7 @@ class Phi4MultimodalPreprocessor(TransformersPreprocessor):
         # the name that processors of other families have for it
         processor.feature_extractor = processor.audio_processor
         template = str(tokenizer.chat_template or "")
-        if template and "type" not in template:
+        if template and not re.search(r"\btype\b", template):
             flatten = _FLATTEN.replace("IMAGE", processor.image_token).replace("AUDIO", processor.audio_token)
             tokenizer.chat_template = flatten + template
         return processor

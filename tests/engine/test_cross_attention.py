@@ -142,3 +142,15 @@ def test_the_token_of_a_picture_lies_behind_the_vocabulary() -> None:
 def test_bad_inputs(cross: CrossLayout | None, tensors: dict[str, Any], message: str) -> None:
     with pytest.raises(TriptychError, match=message):
         read(cross, **tensors)
+
+
+def test_a_step_that_fails_may_be_computed_again() -> None:
+    cross = media(CrossRows(3, 2, (3, 9)), CrossRows(3, 1, (9, LENGTH)))
+    layer = Layer(1)
+    broken = Layer(1)
+    broken.k_norm = nn.LayerNorm(5)
+    with pytest.raises(RuntimeError):
+        cross.keys_values(broken)
+    fresh = media(CrossRows(3, 2, (3, 9)), CrossRows(3, 1, (9, LENGTH)))
+    for found, wanted in zip(cross.keys_values(layer), fresh.keys_values(layer), strict=True):
+        assert torch.equal(found, wanted)

@@ -74,6 +74,7 @@ class CrossMedia:
         self.nbytes = rows.nbytes + len(rows) * layout.bytes_per_row
         self.rows: torch.Tensor | None = rows
         self._items = tuple(items)
+        self._ordered = False
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._runs = _runs(items, num_prompt_tokens)
 
@@ -98,10 +99,11 @@ class CrossMedia:
     def _project(self, module: Any) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.rows is not None
         weight = module.k_proj.weight
-        if not self._kept:
+        if not self._ordered:
             parts = torch.split(self.rows.to(weight.device, weight.dtype), [item.rows for item in self._items])
             pairs = list(zip(parts, self._items, strict=True))
             self.rows = torch.cat([p[: i.visible] for p, i in pairs] + [p[i.visible :] for p, i in pairs])
+            self._ordered = True
         shape = (len(self.rows), module.num_key_value_heads, module.head_dim)
         key = module.k_norm(module.k_proj(self.rows).view(shape)).transpose(0, 1).contiguous()
         return key, module.v_proj(self.rows).view(shape).transpose(0, 1).contiguous()
