@@ -22,6 +22,7 @@ from torch import nn
 
 from ..contract.features import EncoderItem
 from ..contract.settings import Settings
+from .checkpoint import Checkpoint
 from .composite import (
     Composite,
     CompositeConfig,
@@ -96,11 +97,14 @@ class Step3p7(TransformersFamily):
 class Step3VLPreprocessor(Step3p7Preprocessor):
     """With Step 3.7's processor."""
 
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
+        self._vision = model.config.vision_config
+        super().__init__(checkpoint, settings, model, encoders)
+
     def load_processor(self, folder: Path, settings: Settings) -> Any:
         """The published code has the sizes of squares and windows in it; preprocessor_config.json may say others."""
-        vision = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vision_config"]
-        side = vision.get("image_size", 728)
-        options = {"size": {"height": side, "width": side}, "vision_patch_size": vision.get("patch_size", 14)}
+        side = self._vision.image_size
+        options = {"size": {"height": side, "width": side}, "vision_patch_size": self._vision.patch_size}
         path = folder / "preprocessor_config.json"
         if path.is_file():
             options |= json.loads(path.read_text(encoding="utf-8"))
