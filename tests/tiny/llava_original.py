@@ -69,7 +69,10 @@ def _write(
     """
     draw_weights(model)
     eos = processor.tokenizer.eos_token_id
-    model.generation_config = transformers.GenerationConfig(eos_token_id=eos)
+    # an answer ends with the template's own tokens too
+    (template,) = {t.ends: t for t in TEMPLATES.values() if t.text == processor.chat_template}.values()
+    ends = sorted({eos, *template.end_ids(processor.tokenizer)})
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
     model.save_pretrained(folder / "whole")
     processor.save_pretrained(folder / "whole")
     tokenizer = make_tokenizer(bos=processor.tokenizer("a")["input_ids"][0] == processor.tokenizer.bos_token_id)
