@@ -56,6 +56,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         given["model"] = args.model_argument
     if "model" in given:
         given["model"] = resolve_model(given["model"])
+    if given.get("chat_template", "").endswith(".jinja"):
+        given["chat_template"] = _template_file(given["chat_template"])
     try:
         return Settings.from_dict(given)
     except TriptychError as error:
@@ -102,6 +104,14 @@ def resolve_model(model: str) -> str:
         f"there is no model {model!r}: no such folder, and not a hub id (organisation/name)",
         "name a folder in Hugging Face layout, a hub id, or 'builtin'",
     )
+
+
+def _template_file(name: str) -> str:
+    """Its absolute path, since stages run elsewhere; raises CommandError where there is no such file."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise CommandError(f"there is no chat template {name!r}", "name a .jinja file that is there")
+    return str(path.resolve())
 
 
 def served_name(args: argparse.Namespace) -> str:

@@ -74,6 +74,7 @@ class Plan:
             :class:`~triptych.python_models.contract.request.ChatRequest`.
         extras: what single families need to know of tokens beside: name -> an integer for each prompt token, or one
             for all (see ``Decoder.token_extras``).
+        stop: strings that end the answer, beside those of ``sampling``.
     """
 
     items: tuple[MediaItem, ...] = ()
@@ -85,6 +86,7 @@ class Plan:
     priority: int = 0
     cache_salt: str = ""
     extras: dict[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """The ``plan`` tensor's text."""
@@ -107,6 +109,7 @@ class Plan:
             for i in data["items"]
         )
         data["sampling"] = SamplingParams.from_json(data["sampling"])
+        data["stop"] = tuple(data["stop"])
         return cls(**data)
 
 

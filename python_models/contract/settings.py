@@ -26,6 +26,8 @@ class Settings:
         dtype: "auto" (the checkpoint's on GPU, float32 on CPU), "float32", "bfloat16" or "float16".
         load_format: "auto" (the checkpoint's weights) or "dummy" (random ones of the same shapes, to measure speed).
         json_model_override_args: JSON object merged over the checkpoint's config.json, in every stage.
+        chat_template: name of a chat template in place of the checkpoint's own (such as qwen2-vl, vicuna_v1.1; docs/
+            options.md lists them), or a .jinja file; "" and "glm-4v" are the checkpoint's own.
         context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.
         max_running_requests: requests that decode together.
         max_mamba_cache_size: requests whose recurrent state (Mamba, gated delta net) is held at once, at most
@@ -74,6 +76,7 @@ class Settings:
     dtype: str = "auto"
     load_format: str = "auto"
     json_model_override_args: str = ""
+    chat_template: str = ""
     context_length: int = 0
     max_running_requests: int = 64
     max_mamba_cache_size: int = 0

@@ -53,6 +53,7 @@ class Prepared:
         items: media in prompt order, with their token spans.
         features: for each encoder ("vision", "audio") its items in the same order.
         extras: see ``Plan.extras``.
+        stop: strings that end the answer, beside those the caller names.
     """
 
     input_ids: NDArray[np.int32]
@@ -61,6 +62,7 @@ class Prepared:
     items: tuple[MediaItem, ...]
     features: dict[str, list[EncoderItem]]
     extras: dict[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ weights; configuration, loading part by part and slices for several ranks are th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..contract.errors import ErrorKind, TriptychError
 from .loading import model_class
+from .prompt import joining, renders_parts
 from .transformers_family import TransformersFamily
 
 # Of a configuration that describes a text model beside other things: what is none of the text model's.
@@ -157,33 +158,8 @@ def write_parts(owner: Any, tokens: Mapping[str, str]) -> None:
         tokens: modality -> what stands for a medium.
     """
     render = owner.apply_chat_template
-    if renders_parts(render, tokens):
-        return
-
-    def joined(conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-        return render([{**turn, "content": join_parts(turn["content"], tokens)} for turn in conversation], **options)
-
-    owner.apply_chat_template = joined
-
-
-def renders_parts(render: Callable[..., Any], tokens: Mapping[str, str]) -> bool:
-    """Whether a chat template itself writes the tokens of a message's parts."""
-    from jinja2.exceptions import TemplateError
-
-    parts = [{"type": "text", "text": "x"}, *({"type": modality} for modality in tokens)]
-    try:
-        text = str(render([{"role": "user", "content": parts}], tokenize=False))
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
-        # it was not written for such content
-        return False
-    return all(token in text for token in tokens.values())
-
-
-def join_parts(content: Any, tokens: Mapping[str, str]) -> str:
-    """A message's content as one text."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] if part["type"] == "text" else tokens[part["type"]] for part in content)
+    if not renders_parts(render, tokens):
+        owner.apply_chat_template = joining(render, tokens)
 
 
 def text_config(model_type: str, raw: Mapping[str, Any]) -> Any:

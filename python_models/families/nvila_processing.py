@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from .composite import join_parts, renders_parts
 from .pixels import RAW
+from .prompt import join_parts, renders_parts
 
 Blocks = tuple[int, int]
 """Rows and columns of tiles."""

@@ -15,12 +15,15 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from ..contract.errors import ErrorKind, TriptychError, invalid
 from ..contract.request import MediaPart, Message, TextPart
+from .templates import TEMPLATES, ChatTemplate
 
 # Different special tokens that the texts of one request may hold together.
 _STAND_INS = 256
@@ -43,32 +46,50 @@ class Prompt:
 class PromptWriter:
     """Applies a checkpoint's chat template. Thread-safe after construction."""
 
-    def __init__(self, processor: Any, name: str, control: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        name: str,
+        control: frozenset[str] = frozenset(),
+        template: ChatTemplate | None = None,
+        media: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Read the template.
 
         Args:
             processor: the checkpoint's, whose tokenizer gets the stand-ins.
             name: of the checkpoint.
             control: special tokens that keep their meaning in the texts of a request.
+            template: None for the checkpoint's own.
+            media: modality -> what the processor replaces by a medium's tokens.
 
         Raises:
-            TriptychError: UNSUPPORTED where the checkpoint has no chat template or no fast tokenizer.
+            TriptychError: UNSUPPORTED where the checkpoint has no chat template or no fast tokenizer,
+                INVALID_REQUEST for one from a file that has no place for media.
         """
         tokenizer = processor.tokenizer
-        self._owner = processor if getattr(processor, "chat_template", None) else tokenizer
-        template = self._owner.chat_template
-        if not template:
+        own = processor if getattr(processor, "chat_template", None) else tokenizer
+        self._render: Callable[..., Any] = own.apply_chat_template
+        self.stop: tuple[str, ...] = ()
+        """Strings that end an answer beside the tokens that do."""
+        text = own.chat_template
+        if template is not None:
+            self._render = _renderer(tokenizer, template, own, media)
+            self.stop = template.end_strings(tokenizer)
+            text = template.text
+        if not text:
             raise TriptychError(
                 ErrorKind.UNSUPPORTED,
                 f"{name} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json or "
-                "processor_config.json); add the one of the instruction-tuned checkpoint of this family",
+                "processor_config.json); name one with --chat-template, or add that of the instruction-tuned "
+                "checkpoint of this family",
                 "settings.model",
             )
         if not getattr(tokenizer, "is_fast", False):
             raise TriptychError(
                 ErrorKind.UNSUPPORTED, f"{name} has no fast tokenizer (tokenizer.json)", "settings.model"
             )
-        self._knows_developer = "developer" in str(template)
+        self._knows_developer = "developer" in str(text)
         # Read before the stand-ins join them.
         added = dict(tokenizer.added_tokens_decoder)
         special = {token.content for token in added.values() if token.special}
@@ -94,7 +115,7 @@ class PromptWriter:
         literals: dict[str, int] = {}
         conversation = [self._message(m, message, literals) for m, message in enumerate(messages)]
         try:
-            text = self._owner.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            text = self._render(conversation, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise invalid(f"the checkpoint's chat template refuses these messages: {error}", "messages") from None
         except (TypeError, ValueError, KeyError, IndexError) as error:
@@ -161,3 +182,91 @@ def _plain_tokenizer(tokenizer: Any) -> Any:
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     data |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     return Tokenizer.from_str(json.dumps(data))
+
+
+def _renderer(tokenizer: Any, template: ChatTemplate, own: Any, media: Mapping[str, str]) -> Callable[..., Any]:
+    """``apply_chat_template`` with a template that is not the checkpoint's.
+
+    Args:
+        tokenizer: the checkpoint's.
+        template: to render with.
+        own: the processor or tokenizer that has the checkpoint's template, if there is one.
+        media: see :class:`PromptWriter`.
+    """
+    render = partial(tokenizer.apply_chat_template, chat_template=template.text)
+    if template in TEMPLATES.values():
+        places = {m: _written(own, m, token) for m, token in media.items() if token not in template.text}
+        return partial(render, places=places)
+    if not _takes_parts(render):
+        return joining(render, media)
+    for modality, token in media.items():
+        if not renders_parts(render, {modality: token}):
+            raise invalid(
+                f"the chat template of --chat-template writes no {token!r} for a part of type {modality}, which this "
+                "model's processor needs",
+                "settings.chat_template",
+            )
+    return render
+
+
+def _takes_parts(render: Callable[..., Any]) -> bool:
+    """Whether a chat template takes the content of a message as a list of parts."""
+    from jinja2.exceptions import TemplateError
+
+    mark = secrets.token_hex(8)
+    conversation = [{"role": "user", "content": [{"type": "text", "text": mark}]}]
+    try:
+        text = str(render(conversation, tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return False
+    # one for texts may write the list as Python does
+    return mark in text and "'type'" not in text
+
+
+def _written(own: Any, modality: str, token: str) -> str:
+    """What the checkpoint's own template writes for a medium, around the token for it."""
+    from jinja2.exceptions import TemplateError
+
+    marks = [secrets.token_hex(8) for _ in range(2)]
+    parts = [{"type": "text", "text": marks[0]}, {"type": modality}, {"type": "text", "text": marks[1]}]
+    try:
+        text = str(own.apply_chat_template([{"role": "user", "content": parts}], tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        # there is none, or none for such content
+        return token
+    found = text.partition(marks[0])[2].partition(marks[1])[0]
+    return found if found.count(token) == 1 else token
+
+
+def joining(render: Callable[..., Any], tokens: Mapping[str, str]) -> Callable[..., Any]:
+    """``render`` for messages of several parts, which become one text each. Args: see :func:`renders_parts`."""
+
+    def joined(conversation: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        return render([{**turn, "content": join_parts(turn["content"], tokens)} for turn in conversation], **options)
+
+    return joined
+
+
+def renders_parts(render: Callable[..., Any], tokens: Mapping[str, str]) -> bool:
+    """Whether a chat template itself writes the tokens of a message's parts.
+
+    Args:
+        render: ``apply_chat_template`` with it.
+        tokens: modality -> what stands for a medium.
+    """
+    from jinja2.exceptions import TemplateError
+
+    parts = [{"type": "text", "text": "x"}, *({"type": modality} for modality in tokens)]
+    try:
+        text = str(render([{"role": "user", "content": parts}], tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        # it was not written for such content
+        return False
+    return all(token in text for token in tokens.values())
+
+
+def join_parts(content: Any, tokens: Mapping[str, str]) -> str:
+    """A message's content as one text."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else tokens[part["type"]] for part in content)

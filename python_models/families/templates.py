@@ -9,9 +9,15 @@ message stay in their order.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
+
+from ..contract.errors import invalid
+from ..contract.settings import Settings
 
 Frame = tuple[str, str]
 """What stands before and after."""
@@ -22,17 +28,23 @@ class ChatTemplate:
     """A template and the tokens that end its answers.
 
     Attributes:
-        text: Jinja, rendered with ``messages`` and ``add_generation_prompt``.
-        ends: special tokens; one that the tokenizer lacks plays no part.
+        text: Jinja, rendered with ``messages`` and ``add_generation_prompt``. One of a name takes ``places`` too, what
+            to write for a medium of a modality in place of what it has for it.
+        ends: special tokens.
     """
 
     text: str
     ends: tuple[str, ...]
 
     def end_ids(self, tokenizer: Any) -> frozenset[int]:
-        """Ids of :attr:`ends`."""
+        """Ids of :attr:`ends`; one that the tokenizer lacks plays no part."""
         known = tokenizer.get_vocab()
         return frozenset(int(known[token]) for token in self.ends if token in known)
+
+    def end_strings(self, tokenizer: Any) -> tuple[str, ...]:
+        """The others of :attr:`ends`: an answer can only end with their characters."""
+        known = tokenizer.get_vocab()
+        return tuple(token for token in self.ends if token not in known)
 
 
 def _quote(text: str) -> str:
@@ -66,6 +78,7 @@ def _chat(
         "{%- set media = namespace(count=0) -%}"
         "{%- macro written(content) -%}{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}"
         "{%- if part['type'] == 'text' -%}{{ part['text'] }}"
+        "{%- elif places is defined and part['type'] in places -%}{{ places[part['type']] }}"
         + places
         + "{%- else -%}{{ raise_exception('this template has no place for media of type ' + part['type']) }}"
         "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
@@ -247,3 +260,57 @@ TEMPLATES: dict[str, ChatTemplate] = {
 }
 # The same formats under the names that InternVL's config.json gives them; Hermes 2 writes as InternLM 2 does.
 TEMPLATES |= {"Hermes-2": TEMPLATES["internlm2-chat"], "internvl2_5": TEMPLATES["internvl-2-5"]}
+
+OWN = ("", "glm-4v")
+"""Names of the checkpoint's own template; SGLang's documentation gives GLM-4.5V's this one."""
+
+
+def chosen(settings: Settings) -> ChatTemplate | None:
+    """The template that ``--chat-template`` asks for; None for the checkpoint's own.
+
+    Raises:
+        TriptychError: INVALID_REQUEST for a name or file that is not there, or a file that is no template.
+    """
+    name, where = settings.chat_template, "settings.chat_template"
+    if name in OWN:
+        return None
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if not name.endswith(".jinja"):
+        near = get_close_matches(name, TEMPLATES, n=1)
+        hint = f"; did you mean {near[0]!r}? Else" if near else ""
+        known = ", ".join(sorted((*TEMPLATES, *filter(None, OWN)), key=str.lower))
+        raise invalid(f"there is no chat template {name!r}{hint or ';'} give a .jinja file, or one of {known}", where)
+    try:
+        return ChatTemplate(_checked(Path(name).expanduser().read_text(encoding="utf-8"), name), ())
+    except (OSError, UnicodeDecodeError) as error:
+        raise invalid(f"the chat template {name} cannot be read: {error}", where) from None
+
+
+def variables_of(text: str) -> frozenset[str]:
+    """Names that a template reads and does not set itself.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it is none.
+    """
+    from jinja2 import Environment, meta
+
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
+    # a tag of transformers' around answers
+    return frozenset(meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", text))))
+
+
+_GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
+
+
+def _checked(text: str, name: str) -> str:
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        found = variables_of(text)
+    except TemplateSyntaxError as error:
+        message = f"the chat template {name} is not valid: {error} (line {error.lineno})"
+        raise invalid(message, "settings.chat_template") from None
+    if "messages" not in found:
+        raise invalid(f"the chat template {name} does not read messages", "settings.chat_template")
+    return text

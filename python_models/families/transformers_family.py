@@ -25,7 +25,7 @@ from ..contract.plan import MediaItem
 from ..contract.request import Message
 from ..contract.settings import Settings
 from ..media.types import Medium, Video
-from . import evs, overrides
+from . import evs, overrides, templates
 from .base import Decoder, FrameSampling, Prepared, PrunedRows, WeightSource, refuse_modality
 from .checkpoint import Checkpoint
 from .loading import load_part, meta_model, model_class, outline
@@ -58,7 +58,13 @@ class TransformersPreprocessor(ABC):
         self.model = model
         self.base = self.model.base_model
         self.config = self.model.config
-        self.prompt = PromptWriter(self.processor, str(checkpoint.folder), self.control_tokens)
+        self.prompt = PromptWriter(
+            self.processor,
+            str(checkpoint.folder),
+            self.control_tokens,
+            templates.chosen(settings),
+            {modality: self._placeholder(modality) for modality in encoders},
+        )
         self.frame_sampling = _frame_sampling(
             getattr(self.processor, "video_processor", None), settings, self.default_sampling
         )
@@ -157,7 +163,7 @@ class TransformersPreprocessor(ABC):
                 types[start:end] = TOKEN_TYPES[item.modality]
         position_ids, delta = self._positions(ids, types, self.position_arguments(batch, features, grouped))
         extras = self.token_extras(ids, batch, types)
-        return Prepared(ids, position_ids, delta, items, encoder_items, extras)
+        return Prepared(ids, position_ids, delta, items, encoder_items, extras, self.prompt.stop)
 
     def _process(
         self, text: str, media: Sequence[Medium], grouped: Mapping[str, Sequence[Medium]]
@@ -417,13 +423,15 @@ class TransformersFamily(ABC):
 
     def _decoder(self, model: Any, embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Decoder:
         tokenizer = self.load_tokenizer()
+        template = templates.chosen(self.settings)
+        ends = frozenset[int]() if template is None else template.end_ids(tokenizer)
         return Decoder(
             text_model=self.text_model(model),
             lm_head=self.head(model),
             embed=embed,
             config=model.config.get_text_config(),
             tokenizer=tokenizer,
-            eos_token_ids=_eos_token_ids(self.checkpoint.folder, model.config, tokenizer),
+            eos_token_ids=_eos_token_ids(self.checkpoint.folder, model.config, tokenizer) | ends,
             context_length=context_length(model.config),
             num_axes=3 if hasattr(model.base_model, "get_rope_index") else 1,
             bidirectional=self.bidirectional,

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class LanguageModelStage(Stage):
             submission = Submission(
                 request_id,
                 prompt,
-                plan.sampling,
+                replace(plan.sampling, stop=(*plan.sampling.stop, *plan.stop)),
                 responder,
                 plan.stream,
                 plan.lease_s,

@@ -327,6 +327,7 @@ def _tensors(request: ChatRequest, prepared: Prepared) -> dict[str, Any]:
         priority=request.priority,
         cache_salt=request.cache_salt,
         extras=prepared.extras,
+        stop=prepared.stop,
     )
     tensors: dict[str, Any] = {
         "input_ids": np.ascontiguousarray(prepared.input_ids, dtype=np.int32),
