@@ -204,6 +204,19 @@ def _models() -> dict[str, Any]:
 
 
 @pytest.fixture
+def add_model(_models: dict[str, Any]) -> Callable[[str, Callable[[], Any]], None]:
+    """Makes a further kind known to ``make_rig``: (kind, how the model is made)."""
+
+    def add(kind: str, make: Callable[[], Any]) -> None:
+        if kind not in _models:
+            _models[kind] = make().eval()
+            _draw(_models[kind])
+            _models[kind].generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
+
+    return add
+
+
+@pytest.fixture
 def make_rig(_models: dict[str, Any], device: str) -> Iterator[Callable[..., Rig]]:
     """Makes rigs: (kind, num_blocks, executor backend, runner options)."""
 

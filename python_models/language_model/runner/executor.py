@@ -52,8 +52,9 @@ class LayerShape:
 
 NOTHING = LayerShape((0, 1), (0, 1))
 """Of a layer that keeps nothing of a token: without attention, or with attention to media."""
-_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
-RECURRENT_LAYERS = frozenset({"linear_attention", "conv"})
+# "hybrid" of Falcon-H1: both, side by side
+_ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "hybrid"})
+RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "hybrid"})
 # of Nemotron-H, where a feed-forward network is a layer of its own
 _PLAIN_LAYERS = frozenset({"mlp", "moe"})
 

@@ -19,25 +19,33 @@ from torch import nn
 from ...contract.errors import ErrorKind, TriptychError
 from .step import Slice
 
-States = tuple[torch.Tensor, ...]
-"""What a layer keeps of B requests: tensors [B, ...]."""
+States = dict[str, torch.Tensor]
+"""What a layer keeps of B requests: tensors [B, ...] by name (inputs of convolutions, recurrent states)."""
 Run = Callable[[torch.Tensor, States | None], tuple[torch.Tensor, States]]
 """A layer: hidden states [B, n, H] and the states before them (None for none) -> [B, n, H], the states after them."""
 
-_CACHE_ARGUMENT = {"Mamba2Mixer": "cache_params", "GatedDeltaNet": "cache_params", "ShortConv": "past_key_values"}
+_CACHE_ARGUMENT = {
+    "Mamba2Mixer": "cache_params",
+    "MambaMixer": "cache_params",
+    "BambaMixer": "cache_params",
+    "FalconH1Mixer": "cache_params",
+    "MoeHybridMambaLayer": "cache_params",
+    "GatedDeltaNet": "cache_params",
+    "ShortConv": "past_key_values",
+}
 """End of a layer's class name in transformers -> the argument of its forward that takes its state."""
 
 
 @dataclass(frozen=True)
 class StateShape:
-    """What a layer keeps of one request: shape and dtype of each tensor."""
+    """What a layer keeps of one request: shape and dtype of each tensor, by name."""
 
-    tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
 
     @property
     def nbytes(self) -> int:
         """Of one request."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors)
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values())
 
 
 class StateContext(Protocol):
@@ -74,24 +82,19 @@ def _forward(
 
 
 class _LayerCache:
-    """What recurrent layers of transformers use of its ``Cache``. State 0 is the convolution's, 1 the recurrent one."""
+    """What recurrent layers of transformers use of its ``Cache``."""
 
     def __init__(self, states: States | None) -> None:
-        self._conv = None if states is None else states[0]
-        self._recurrent = None if states is None or len(states) == 1 else states[1]
-
-    @property
-    def states(self) -> States:
-        return tuple(state for state in (self._conv, self._recurrent) if state is not None)
+        self.states: States = {} if states is None else dict(states)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._conv
+        return self.states.get(f"conv{state_idx}")
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._recurrent
+        return self.states.get(f"recurrent{state_idx}")
 
     def has_previous_state(self, *_: Any, **__: Any) -> bool:
-        return self._conv is not None
+        return bool(self.states)
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
@@ -100,13 +103,15 @@ class _LayerCache:
         self, new: torch.Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int = 0, **_: Any
     ) -> torch.Tensor:
         """Inputs of the convolution [B, C, n] -> those before them too; the last ones are kept."""
-        before = new.new_zeros(*new.shape[:-1], conv_kernel_size) if self._conv is None else self._conv
+        before = self.states.get(f"conv{state_idx}")
+        if before is None:
+            before = new.new_zeros(*new.shape[:-1], conv_kernel_size)
         whole = torch.cat([before, new], dim=-1)
-        self._conv = whole[..., -conv_kernel_size:]
+        self.states[f"conv{state_idx}"] = whole[..., -conv_kernel_size:]
         return whole
 
     def update_recurrent_state(self, new: torch.Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> torch.Tensor:
-        self._recurrent = new
+        self.states[f"recurrent{state_idx}"] = new
         return new
 
 
@@ -119,7 +124,7 @@ class StateProbe:
     def recur(self, layer: int, hidden: torch.Tensor, run: Run) -> torch.Tensor:
         """See :class:`StateContext`."""
         out, states = run(hidden[None], None)
-        self.shapes[layer] = StateShape(tuple((tuple(state.shape[1:]), state.dtype) for state in states))
+        self.shapes[layer] = StateShape({name: (tuple(s.shape[1:]), s.dtype) for name, s in states.items()})
         return out[0]
 
 
@@ -142,7 +147,10 @@ class StatePool:
         self.nbytes = rows * sum(shape.nbytes for shape in shapes.values())
         try:
             self.layers = {
-                layer: tuple(torch.zeros(rows, *size, dtype=dtype, device=device) for size, dtype in shape.tensors)
+                layer: {
+                    name: torch.zeros(rows, *size, dtype=dtype, device=device)
+                    for name, (size, dtype) in shape.tensors.items()
+                }
                 for layer, shape in shapes.items()
             }
         except (RuntimeError, MemoryError) as error:
@@ -215,21 +223,23 @@ class StateStep:
         pool = self._pool.layers[layer]
         parts = []
         if self._num_singles:
-            states = tuple(self._read(tensor) for tensor in pool)
+            states = {name: self._read(tensor) for name, tensor in pool.items()}
             out, states = run(hidden[: self._num_singles, None], states)
-            for tensor, state in zip(pool, states, strict=True):
+            for name, tensor in pool.items():
+                state = states[name]
                 tensor.index_copy_(0, self._targets, state.to(tensor.dtype))
                 if len(self._saving):
                     tensor.index_copy_(0, self._saved, state.index_select(0, self._saving).to(tensor.dtype))
             parts.append(out[:, 0])
         for piece in self._pieces:
             # copies, because layers may write into what they are given
-            before = None if piece.source < 0 else tuple(t[piece.source : piece.source + 1].clone() for t in pool)
+            row = slice(piece.source, piece.source + 1)
+            before = None if piece.source < 0 else {name: tensor[row].clone() for name, tensor in pool.items()}
             out, states = run(hidden[None, piece.start : piece.end], before)
-            for tensor, state in zip(pool, states, strict=True):
-                tensor[piece.target] = state[0]
+            for name, tensor in pool.items():
+                tensor[piece.target] = states[name][0]
                 if piece.saved >= 0:
-                    tensor[piece.saved] = state[0]
+                    tensor[piece.saved] = states[name][0]
             parts.append(out[0])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
