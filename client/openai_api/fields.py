@@ -9,7 +9,14 @@ from typing import Any
 
 from triptych.python_models.contract import _check as check
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
-from triptych.python_models.contract.request import ChatRequest, cache_salt, priority
+from triptych.python_models.contract.request import (
+    ChatRequest,
+    TemplateInputs,
+    cache_salt,
+    priority,
+    template_variables,
+    tools,
+)
 from triptych.python_models.contract.sampling import SamplingParams
 
 from . import parts
@@ -22,7 +29,12 @@ _SAMPLING = frozenset(f.name for f in fields(SamplingParams)) - {"max_tokens", "
 # What the text must look like; the last two are SGLang's names.
 _GRAMMARS = ("response_format", "regex", "ebnf")
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
-_OWN = ("model", "messages", "stream", "stream_options", "priority", "cache_salt", *_GRAMMARS, *_TOKEN_LIMITS)
+# What the chat template gets; the last one is SGLang's and vLLM's name.
+_TEMPLATE = ("tools", "tool_choice", "chat_template_kwargs")
+_OWN = (
+    *("model", "messages", "stream", "stream_options", "priority", "cache_salt"),
+    *(*_GRAMMARS, *_TOKEN_LIMITS, *_TEMPLATE),
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
         lease_s,
         priority=0 if data.get("priority") is None else priority(data["priority"]),
         cache_salt="" if data.get("cache_salt") is None else parts.text(cache_salt(data["cache_salt"]), "cache_salt"),
+        template=_template(data),
     )
     return ChatCall(request, tuple(blobs), include_usage, names)
 
@@ -93,6 +106,16 @@ def _check_model(data: Mapping[str, Any], served_model_name: str) -> None:
         raise TriptychError(
             ErrorKind.MODEL_NOT_FOUND, f"model {model!r} does not exist; this server has {served_model_name!r}", "model"
         )
+
+
+def _template(data: Mapping[str, Any]) -> TemplateInputs:
+    given = tools(data["tools"]) if data.get("tools") is not None else ()
+    choice = data.get("tool_choice")
+    if choice is not None:
+        _only("none", "auto")(choice, "tool_choice")
+    variables = data.get("chat_template_kwargs")
+    # with "none" the model is not told of them: it must call none
+    return TemplateInputs(() if choice == "none" else given, {} if variables is None else template_variables(variables))
 
 
 def _include_usage(data: Mapping[str, Any], stream: bool) -> bool:
@@ -201,8 +224,6 @@ _NEUTRAL: dict[str, Callable[[Any, str], Any]] = {
     "safety_identifier": check.string,
     "service_tier": _only("auto", "default"),
     "store": _only(False),
-    "tool_choice": _only("none", "auto"),
-    "tools": _only([]),
     "user": check.string,
     "verbosity": _only("medium"),
     "web_search_options": _only(),

@@ -61,6 +61,8 @@ class Client:
         timeout_s: float | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> ChatStream:
         """Ask for an answer.
@@ -72,6 +74,8 @@ class Client:
             stream: deltas as they come; else one with the whole answer (and heartbeats before it).
             timeout_s: end the request after this long in any case.
             priority, cache_salt: see :class:`~triptych.python_models.contract.request.ChatRequest`.
+            tools: functions in OpenAI's schema, for the chat template.
+            chat_template_kwargs: other values that the template reads, such as ``{"enable_thinking": False}``.
             sampling: fields of :class:`~triptych.python_models.contract.sampling.SamplingParams` as JSON values, for
                 example ``grammar={"type": "regex", "value": "yes|no"}``.
 
@@ -83,7 +87,8 @@ class Client:
             TriptychError: a field that is not allowed; from the iterator, whatever the server reports.
         """
         data = {"messages": list(messages), "sampling": sampling, "stream": stream, "lease_s": self._lease_s}
-        data |= {"priority": priority, "cache_salt": cache_salt}
+        data |= {"priority": priority, "cache_salt": cache_salt, "tools": list(tools)}
+        data["chat_template_kwargs"] = dict(chat_template_kwargs or {})
         if timeout_s is not None:
             data["timeout_s"] = timeout_s
         request = ChatRequest.from_json(json.dumps(data), len(media))

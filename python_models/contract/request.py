@@ -12,7 +12,8 @@ http(s) URL that ``preprocess`` fetches::
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,9 @@ from .sampling import SamplingParams
 ROLES = ("system", "developer", "user", "assistant")
 MODALITIES = ("image", "video", "audio")
 MAX_SALT = 256
-_FIELDS = ("messages", "sampling", "stream")
+MAX_TOOLS = 128
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_FIELDS = ("messages", "sampling", "stream", "tools", "chat_template_kwargs")
 _OPTIONAL = {"lease_s": None, "timeout_s": None, "priority": 0, "cache_salt": ""}
 
 
@@ -56,6 +59,22 @@ class Message:
 
 
 @dataclass(frozen=True)
+class TemplateInputs:
+    """What the chat template gets beside the messages. Special tokens written in any text of it are plain characters.
+
+    Attributes:
+        tools: functions in OpenAI's schema that the model may call.
+        variables: name -> JSON value; each must be one that the template reads, such as ``enable_thinking``.
+    """
+
+    tools: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+NO_INPUTS = TemplateInputs()
+
+
+@dataclass(frozen=True)
 class ChatRequest:
     """One request to the ensembles ``chat`` and ``chat_text``.
 
@@ -68,6 +87,7 @@ class ChatRequest:
         timeout_s: end the request after this many seconds in any case; None: the server's limit.
         priority: waiting requests with a higher one are admitted first, and lose their KV blocks last.
         cache_salt: requests share the prefix cache only with those of the same salt.
+        template: fields ``tools`` and ``chat_template_kwargs``.
     """
 
     messages: tuple[Message, ...]
@@ -77,6 +97,7 @@ class ChatRequest:
     timeout_s: float | None = None
     priority: int = 0
     cache_salt: str = ""
+    template: TemplateInputs = field(default_factory=TemplateInputs)
 
     def media(self) -> Iterator[tuple[str, MediaPart]]:
         """(field name, part) of every medium in prompt order."""
@@ -109,6 +130,9 @@ class ChatRequest:
             timeout_s=_optional_seconds(data.get("timeout_s"), "timeout_s"),
             priority=priority(data.get("priority", 0)),
             cache_salt=cache_salt(data.get("cache_salt", "")),
+            template=TemplateInputs(
+                tools(data.get("tools", [])), template_variables(data.get("chat_template_kwargs", {}))
+            ),
         )
         for where, part in request.media():
             if part.blob is not None and part.blob >= num_blobs:
@@ -125,6 +149,10 @@ class ChatRequest:
         for name, default in _OPTIONAL.items():
             if (value := getattr(self, name)) != default:
                 data[name] = value
+        if self.template.tools:
+            data["tools"] = self.template.tools
+        if self.template.variables:
+            data["chat_template_kwargs"] = self.template.variables
         return json.dumps(data, ensure_ascii=False)
 
 
@@ -142,6 +170,47 @@ def cache_salt(value: Any) -> str:
     if len(check.string(value, "cache_salt")) > MAX_SALT:
         raise invalid(f"cache_salt has {len(value)} characters; at most {MAX_SALT} are allowed", "cache_salt")
     return str(value)
+
+
+def tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """Field ``tools``, checked."""
+    if not isinstance(value, list):
+        raise invalid(f"tools must be a list, not {check.json_type(value)}", "tools")
+    if len(value) > MAX_TOOLS:
+        raise invalid(f"tools has {len(value)} entries; at most {MAX_TOOLS} are allowed", "tools")
+    for index, item in enumerate(value):
+        where = f"tools[{index}]"
+        tool = check.mapping(item, where)
+        check.known_keys(tool, ("type", "function"), where)
+        if tool.get("type") != "function":
+            raise invalid(f"{where}.type must be function, got {tool.get('type')!r}", f"{where}.type")
+        where += ".function"
+        function = check.mapping(tool.get("function"), where)
+        check.known_keys(function, ("name", "description", "parameters", "strict"), where)
+        if not _TOOL_NAME.fullmatch(check.string(function.get("name"), f"{where}.name")):
+            raise invalid(f"{where}.name must be 1 to 64 letters, digits, underscores and dashes", f"{where}.name")
+        if function.get("description") is not None:
+            check.string(function["description"], f"{where}.description")
+        if function.get("parameters") is not None:
+            check.mapping(function["parameters"], f"{where}.parameters")
+        if function.get("strict") is not None:
+            check.boolean(function["strict"], f"{where}.strict")
+    _check_unicode(value, "tools")
+    return tuple(value)
+
+
+def template_variables(value: Any) -> Mapping[str, Any]:
+    """Field ``chat_template_kwargs``, checked; which names there are, the template says."""
+    found = check.mapping(value, "chat_template_kwargs")
+    _check_unicode(found, "chat_template_kwargs")
+    return found
+
+
+def _check_unicode(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise invalid(f"{where} is not valid Unicode: it has an unpaired surrogate", where) from None
 
 
 def _message(value: Any, where: str) -> Message:

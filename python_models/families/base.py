@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
 from ..contract.plan import MediaItem
-from ..contract.request import Message
+from ..contract.request import NO_INPUTS, Message, TemplateInputs
 from ..media.types import Medium
 
 if TYPE_CHECKING:
@@ -164,12 +164,15 @@ class Preprocessor(Protocol):
     """Of sounds, in Hz."""
     context_length: int
 
-    def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
+    def prepare(
+        self, messages: Sequence[Message], media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
+    ) -> Prepared:
         """Apply template, processor and position rule.
 
         Args:
             messages: validated messages; text is literal (special tokens in it are plain characters).
             media: the decoded media of all MediaParts, in prompt order.
+            template: what the chat template gets beside the messages.
 
         Raises:
             TriptychError: INVALID_REQUEST or UNSUPPORTED, naming the field.

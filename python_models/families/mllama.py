@@ -19,7 +19,7 @@ import torch
 from ...kernels.image import normalise_patches
 from ..contract.features import EncoderItem
 from ..contract.plan import CrossRows
-from ..contract.request import Message
+from ..contract.request import NO_INPUTS, Message, TemplateInputs
 from ..contract.settings import Settings
 from ..media.types import Image, Medium
 from .base import Prepared
@@ -69,9 +69,11 @@ class MllamaPreprocessor(TransformersPreprocessor):
         """The one that stands for the picture."""
         return 1
 
-    def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
+    def prepare(
+        self, messages: Sequence[Message], media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
+    ) -> Prepared:
         """See :meth:`.base.Preprocessor.prepare`; items say which tokens see their rows."""
-        prepared = super().prepare(messages, media)
+        prepared = super().prepare(messages, media, template)
         if not prepared.items:
             return prepared
         places = [item.spans[0][0] for item in prepared.items]

@@ -12,6 +12,7 @@ a turn, or stands for a medium.
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import secrets
@@ -22,8 +23,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..contract.errors import ErrorKind, TriptychError, invalid
-from ..contract.request import MediaPart, Message, TextPart
-from .templates import TEMPLATES, ChatTemplate
+from ..contract.request import NO_INPUTS, MediaPart, Message, TemplateInputs, TextPart
+from .templates import TEMPLATES, ChatTemplate, inputs_of
 
 # Different special tokens that the texts of one request may hold together.
 _STAND_INS = 256
@@ -67,6 +68,8 @@ class PromptWriter:
             TriptychError: UNSUPPORTED where the checkpoint has no chat template or no fast tokenizer,
                 INVALID_REQUEST for one from a file that has no place for media.
         """
+        from jinja2 import TemplateSyntaxError
+
         tokenizer = processor.tokenizer
         own = processor if getattr(processor, "chat_template", None) else tokenizer
         self._render: Callable[..., Any] = own.apply_chat_template
@@ -89,6 +92,14 @@ class PromptWriter:
             raise TriptychError(
                 ErrorKind.UNSUPPORTED, f"{name} has no fast tokenizer (tokenizer.json)", "settings.model"
             )
+        try:
+            found = inputs_of(text)
+        except TemplateSyntaxError as error:
+            message = f"the chat template of {name} is not valid: {error} (line {error.lineno})"
+            raise TriptychError(ErrorKind.UNSUPPORTED, message, "settings.model") from None
+        self._inputs = found - {"messages", *inspect.signature(self._render).parameters}
+        self._inputs -= set(tokenizer.special_tokens_map)
+        self._takes_tools = "tools" in found
         self._knows_developer = "developer" in str(text)
         # Read before the stand-ins join them.
         added = dict(tokenizer.added_tokens_decoder)
@@ -104,23 +115,49 @@ class PromptWriter:
         tokenizer.add_tokens([AddedToken(n, normalized=False, special=True) for n in self._names], special_tokens=True)
         self._ids = [int(tokenizer.convert_tokens_to_ids(n)) for n in self._names]
 
-    def write(self, messages: Sequence[Message]) -> Prompt:
+    def write(self, messages: Sequence[Message], template: TemplateInputs = NO_INPUTS) -> Prompt:
         """Apply the template, ending where the assistant begins to speak.
 
         Raises:
-            TriptychError: INVALID_REQUEST where the template refuses the messages (order of roles and so on).
+            TriptychError: INVALID_REQUEST where the template refuses the messages (order of roles and so on) or does
+                not read a variable, UNSUPPORTED where it takes no tools.
         """
         from jinja2.exceptions import TemplateError
 
         literals: dict[str, int] = {}
         conversation = [self._message(m, message, literals) for m, message in enumerate(messages)]
+        options = self._options(template, literals)
         try:
-            text = self._render(conversation, add_generation_prompt=True, tokenize=False)
+            text = self._render(conversation, add_generation_prompt=True, tokenize=False, **options)
         except TemplateError as error:
             raise invalid(f"the checkpoint's chat template refuses these messages: {error}", "messages") from None
         except (TypeError, ValueError, KeyError, IndexError) as error:
             raise invalid(f"the checkpoint's chat template cannot render these messages: {error}", "messages") from None
         return Prompt(str(text), {self._ids[k]: self._literal_ids(piece) for piece, k in literals.items()})
+
+    def _options(self, template: TemplateInputs, literals: dict[str, int]) -> dict[str, Any]:
+        """What the template gets beside the messages."""
+        options = {}
+        if template.tools:
+            if not self._takes_tools:
+                raise TriptychError(ErrorKind.UNSUPPORTED, "this model's chat template takes no tools", "tools")
+            options["tools"] = self._literally(list(template.tools), "tools", literals)
+        for name, value in template.variables.items():
+            where = f"chat_template_kwargs.{name}"
+            if name not in self._inputs:
+                known = ", ".join(sorted(self._inputs)) or "none"
+                raise invalid(f"{where}: this model's chat template does not read it; it reads {known}", where)
+            options[name] = self._literally(value, where, literals)
+        return options
+
+    def _literally(self, value: Any, where: str, literals: dict[str, int]) -> Any:
+        """A JSON value with special tokens in its texts replaced."""
+        if isinstance(value, str):
+            return self._special.sub(lambda match: self._stand_in(match.group(), where, literals), value)
+        if isinstance(value, Mapping):
+            own = value.items()
+            return {self._literally(k, where, literals): self._literally(v, where, literals) for k, v in own}
+        return [self._literally(item, where, literals) for item in value] if isinstance(value, list) else value
 
     def _message(self, m: int, message: Message, literals: dict[str, int]) -> dict[str, Any]:
         role = message.role

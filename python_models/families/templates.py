@@ -287,6 +287,17 @@ def chosen(settings: Settings) -> ChatTemplate | None:
         raise invalid(f"the chat template {name} cannot be read: {error}", where) from None
 
 
+def inputs_of(template: str | Mapping[str, str]) -> frozenset[str]:
+    """What a checkpoint's template, or any of several, reads beside what transformers always gives one."""
+    texts = [template] if isinstance(template, str) else template.values()
+    return frozenset[str]().union(*map(variables_of, texts)) - _GIVEN
+
+
+_GIVEN = frozenset(
+    {"places", "raise_exception", "strftime_now", "range", "dict", "lipsum", "cycler", "joiner", "namespace"}
+)
+
+
 def variables_of(text: str) -> frozenset[str]:
     """Names that a template reads and does not set itself.
 

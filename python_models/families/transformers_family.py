@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..contract.errors import ErrorKind, TriptychError, invalid
 from ..contract.features import EncoderItem
 from ..contract.plan import MediaItem
-from ..contract.request import Message
+from ..contract.request import NO_INPUTS, Message, TemplateInputs
 from ..contract.settings import Settings
 from ..media.types import Medium, Video
 from . import evs, overrides, templates
@@ -142,13 +142,15 @@ class TransformersPreprocessor(ABC):
         """
         return {}
 
-    def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
+    def prepare(
+        self, messages: Sequence[Message], media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
+    ) -> Prepared:
         """See :meth:`.base.Preprocessor.prepare`."""
         grouped: dict[str, list[Medium]] = {}
         for medium in media:
             self.check_medium(medium)
             grouped.setdefault(medium.modality, []).append(medium)
-        prompt = self.prompt.write(messages)
+        prompt = self.prompt.write(messages, template)
         batch = self._process(prompt.text, media, grouped)
         ids = np.asarray(prompt.fill(_first_row(batch["input_ids"])), dtype=np.int32)
         features = self.split_features(batch, grouped) if grouped else {}

@@ -300,7 +300,7 @@ class PreprocessStage(Stage):
 
     def _prepare(self, request: ChatRequest, media: Sequence[Medium]) -> dict[str, Any]:
         """Template, processor and packing, in a thread: the stage's output tensors."""
-        prepared = self._preprocessor.prepare(request.messages, media)
+        prepared = self._preprocessor.prepare(request.messages, media, request.template)
         length = int(prepared.input_ids.shape[0])
         if length >= self._context_length:
             raise TriptychError(

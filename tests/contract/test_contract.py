@@ -55,6 +55,8 @@ REQUEST: dict[str, Any] = {
     "lease_s": 10,
     "priority": 3,
     "cache_salt": "tenant",
+    "tools": [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}],
+    "chat_template_kwargs": {"enable_thinking": False},
 }
 
 

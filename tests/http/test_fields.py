@@ -35,6 +35,10 @@ def json_schema(schema: Any, **more: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **more}}
 
 
+def function(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
 def call(**change: Any) -> ChatCall:
     return parse(body(**change), "m", 10.0)
 
@@ -145,6 +149,16 @@ def test_media_become_blobs_in_order() -> None:
     assert found.request.messages[0].parts[1] == TextPart("a")
 
 
+def test_tools_and_variables_of_the_template() -> None:
+    tools = [function("find", description="d", parameters={"type": "object"}, strict=True)]
+    variables = {"enable_thinking": False, "budget": 3}
+    found = call(tools=tools, tool_choice="auto", chat_template_kwargs=variables).request
+    assert list(found.template.tools) == tools
+    assert found.template.variables == variables
+    assert ChatRequest.from_json(found.to_json(), 0) == found
+    assert call(tools=tools, tool_choice="none").request.template.tools == ()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -238,7 +252,16 @@ def test_fields_that_ask_for_nothing_more_are_accepted(change: dict[str, Any]) -
         ({"regex": "a", "ebnf": "b"}, "ebnf", 400, "only one of regex, ebnf"),
         ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex", 400, "only one of"),
         ({"grammar": {"type": "json_object"}}, "grammar", 400, "unknown field"),
-        ({"tools": [{"type": "function"}]}, "tools", 400, "not supported"),
+        ({"tools": {}}, "tools", 400, "list"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", 400, "object"),
+        ({"tools": [{"type": "web"}]}, "tools[0].type", 400, "function"),
+        ({"tools": [function("a b")]}, "tools[0].function.name", 400, "letters"),
+        ({"tools": [function("a", parameters=[])]}, "tools[0].function.parameters", 400, "object"),
+        ({"tools": [function("a", colour=1)]}, "tools[0].function.colour", 400, "unknown"),
+        ({"tools": [function("a")] * 129}, "tools", 400, "at most 128"),
+        ({"tools": [function("a", description="\ud800")]}, "tools", 400, "surrogate"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs", 400, "object"),
+        ({"chat_template_kwargs": {"a": "\ud800"}}, "chat_template_kwargs", 400, "surrogate"),
         ({"tool_choice": "required"}, "tool_choice", 400, "none"),
         ({"response_format": "json"}, "response_format", 400, "object"),
         ({"response_format": {"type": "xml"}}, "response_format.type", 400, "json_schema"),

@@ -22,7 +22,7 @@ from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.features import EncoderItem
 from triptych.python_models.contract.metrics import METRICS
 from triptych.python_models.contract.plan import MediaItem
-from triptych.python_models.contract.request import MediaPart, Message, TextPart
+from triptych.python_models.contract.request import NO_INPUTS, MediaPart, Message, TemplateInputs, TextPart
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families.base import FrameSampling, Prepared
 from triptych.python_models.media.types import Medium
@@ -172,7 +172,9 @@ class Letters:
         self.most_inside = 0
         self.lock = threading.Lock()
 
-    def prepare(self, messages: Sequence[Message], media: Sequence[Medium]) -> Prepared:
+    def prepare(
+        self, messages: Sequence[Message], media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
+    ) -> Prepared:
         if media:
             with self.lock:
                 self.inside += 1
