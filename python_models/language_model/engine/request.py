@@ -71,10 +71,12 @@ class Prompt:
         return across + sum(part.rows.nbytes for part in self.media)
 
     @property
-    def root(self) -> str:
+    def root(self) -> bytes:
         """What decides keys and values from the first token on, beside the tokens."""
         # a token before the first picture attends to all of them, see CrossStep.attend
-        return "".join(f":{item.digest}" for item in self.items if item.cross is not None)
+        digests = (item.digest.encode() for item in self.items if item.cross is not None)
+        # a byte that no salt has
+        return b"".join(b"\xff" + digest for digest in digests)
 
 
 class Work:
@@ -289,7 +291,7 @@ class Request:
         while len(self.keys) < count:
             start = len(self.keys) * self.block_size
             end = start + self.block_size
-            begin = self.keys[-1] if self.keys else f"{self.salt}{self.prompt.root}".encode()
+            begin = self.keys[-1] if self.keys else self.salt.encode() + self.prompt.root
             digest = hashlib.blake2b(begin, digest_size=16)
             digest.update(self._ids[start:end].tobytes())
             # equal features may stand at other positions (frame rates of a video), so positions count too
