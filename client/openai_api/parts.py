@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 from collections.abc import Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
+
+import pybase64
 
 from triptych.python_models.contract import _check as check
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
@@ -127,7 +128,11 @@ def _source(data: Mapping[str, Any], kind: str, keys: Iterable[str], where: str)
 
 
 def _medium(modality: str, source: Mapping[str, Any], field: str, blobs: list[bytes]) -> MediaPart:
-    url = text(source.get("url"), field).strip()
+    url = check.string(source.get("url"), field)
+    if url[:5].lower() == "data:":
+        # megabytes, which base64 alone is to read
+        return _blob(modality, _data_url(url, field), field, blobs)
+    url = text(url, field).strip()
     scheme = url.partition(":")[0].lower() if ":" in url else ""
     if scheme == "data":
         return _blob(modality, _data_url(url, field), field, blobs)
@@ -142,24 +147,25 @@ def _medium(modality: str, source: Mapping[str, Any], field: str, blobs: list[by
 
 
 def _data_url(url: str, field: str) -> bytes:
-    head, comma, payload = url[len("data:") :].partition(",")
+    head, comma, payload = url.partition(",")
+    head = head[len("data:") :]
     if not comma:
         raise invalid(f"{field} is not a data: URL: it has no comma before its data", field)
     if head.lower().endswith(";base64"):
         if "%" in payload:
             payload = unquote_to_bytes(payload).decode("ascii", "replace")
         return _base64(payload, field)
-    return unquote_to_bytes(payload)
+    return unquote_to_bytes(text(payload, field))
 
 
 def _base64(data: str, field: str) -> bytes:
     try:
-        return base64.b64decode(data, validate=True)
+        return pybase64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         pass
     # Line breaks are common in hand-made base64 and change nothing.
     try:
-        return base64.b64decode(data.translate(_WHITESPACE), validate=True)
+        return pybase64.b64decode(data.translate(_WHITESPACE), validate=True)
     except (binascii.Error, ValueError) as error:
         raise invalid(f"{field} is not valid base64: {error}", field) from None
 
