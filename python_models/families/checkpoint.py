@@ -11,6 +11,7 @@ from typing import Any
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.settings import Settings
 from . import overrides
+from .quantisation import Quantisation
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Everything that configuration, processors and safetensors weights may be stored in; no images. ERNIE's video processor
@@ -75,7 +76,7 @@ def find_checkpoint(settings: Settings) -> Checkpoint:
 
     Raises:
         TriptychError: MODEL_NOT_FOUND saying what was tried and what to do; INVALID_REQUEST for overrides that are no
-            JSON object.
+            JSON object; UNSUPPORTED for a quantisation that cannot be read.
     """
     folder = _folder(settings)
     path = folder / "config.json"
@@ -90,6 +91,7 @@ def find_checkpoint(settings: Settings) -> Checkpoint:
         raise _not_found(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise _not_found(f"{path} must hold a JSON object")
+    Quantisation.of(config)
     changes = overrides.parse(settings.json_model_override_args)
     return Checkpoint(folder, overrides.merged(config, changes), changes, config)
 

@@ -25,6 +25,7 @@ from ..contract.settings import Settings
 from .base import Decoder
 from .checkpoint import Checkpoint, find_checkpoint
 from .composite import required, text_config
+from .files import Files
 from .llava import Llava, LlavaPreprocessor
 from .llava_next import LlavaNext, LlavaNextPreprocessor, LlavaNextVideo, LlavaNextVideoPreprocessor
 from .llava_onevision import LlavaOnevision, LlavaOnevisionPreprocessor
@@ -36,7 +37,6 @@ from .transformers_family import (
     TransformersPreprocessor,
     load_auto,
 )
-from .weights import Files
 
 _TEXT_MODELS = {"llava_mistral": "mistral", "llava_mixtral": "mixtral", "llava_qwen": "qwen2"}
 _RULES = (

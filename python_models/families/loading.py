@@ -2,13 +2,15 @@
 
 ``from_pretrained`` knows how a checkpoint's keys map to modules (renames, fused experts, ties). A throw-away subclass
 removes the modules of other stages right after construction, which happens on the meta device: their weights become
-unexpected keys, and those are never read.
+unexpected keys, and those are never read. Weights go one by one from the mapped files to the stage's device, quantised
+ones as what they stand for (see :mod:`.quantised`).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from ..contract.errors import ErrorKind, TriptychError
 from ..contract.settings import Settings
 from . import torchvision_fix
 from .checkpoint import Checkpoint
+from .files import Tensors, unfit, whole
+from .quantised import open_tensors
 
 
 class Absent(nn.Module):
@@ -84,14 +88,22 @@ def load_part(
         dummy: draw random weights instead of reading the files.
 
     Raises:
-        TriptychError: STAGE_FAILED naming weights that are missing, MODEL_NOT_FOUND where there are no weight files.
+        TriptychError: STAGE_FAILED naming weights that are missing or of another shape, MODEL_NOT_FOUND where there are
+            no weight files, UNSUPPORTED for a quantisation that cannot be read.
     """
     if dummy:
         return _random_part(cls, config, keep, device, dtype)
     try:
-        model, info = _partial_class(cls, keep).from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        model, info = _loading_class(cls, keep, open_tensors(folder, device), device).from_pretrained(
+            folder,
+            config=_plain(config),
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
+    except TriptychError:
+        raise
     except OSError as error:
         raise TriptychError(
             ErrorKind.MODEL_NOT_FOUND, f"the weights of {folder} cannot be loaded: {error}", "settings.model"
@@ -100,15 +112,47 @@ def load_part(
         raise TriptychError(
             ErrorKind.STAGE_FAILED, f"the {part} of {folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
+    if info["mismatched_keys"]:
+        found = [f"{name} is {list(has)}, not {list(wants)}" for name, has, wants in sorted(info["mismatched_keys"])]
+        raise unfit(folder, f"has weights of another shape than the {part}'s", found)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = {name for name, tensor in tensors if tensor.device.type == "meta"} | set(info["missing_keys"])
     if missing:
-        names = sorted(missing)
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        raise TriptychError(
-            ErrorKind.STAGE_FAILED, f"the checkpoint {folder} lacks weights of the {part}: {shown}", "settings.model"
-        )
+        raise unfit(folder, f"lacks weights of the {part}", missing)
     return model.eval().requires_grad_(False).to(device)
+
+
+def _plain(config: Any) -> Any:
+    """A copy of a configuration that says nothing of quantisation: the weights that are loaded are plain."""
+    copied = copy.deepcopy(config)
+    for part in (copied, *(getattr(copied, name, None) for name in getattr(copied, "sub_configs", ()))):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    return copied
+
+
+class _Unread:
+    """A tensor that is read when all of it is asked for, as transformers does with slices of safetensors."""
+
+    def __init__(self, files: Tensors, key: str) -> None:
+        self._files, self._key = files, key
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._files.read(self._key, whole(self._files.shape(self._key)))
+
+
+def _loading_class(cls: Any, keep: Callable[[Any], Sequence[str]], files: Tensors, device: str) -> Any:
+    class Loading(_partial_class(cls, keep)):  # type: ignore[misc]
+        @staticmethod
+        def _load_pretrained_model(
+            model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            # from_pretrained itself takes a device only where accelerate is installed
+            placed = replace(load_config, device_map={"": torch.device(device)})
+            unread = {key: _Unread(files, key) for key in files.keys()}  # noqa: SIM118 - it is no dictionary
+            return cls._load_pretrained_model(model, unread, None, placed, *args, **kwargs)
+
+    return _named_as(Loading, cls)
 
 
 def outline(cls: Any, config: Any, keep: Callable[[Any], Sequence[str]], dtype: torch.dtype) -> Any:
@@ -170,9 +214,13 @@ def _partial_class(cls: Any, keep: Callable[[Any], Sequence[str]]) -> Any:
             # All weights of this part are checked by name below; what is left over belongs to other stages.
             self._keys_to_ignore_on_load_unexpected = {".*"}
 
+    return _named_as(Partial, cls)
+
+
+def _named_as(derived: Any, cls: Any) -> Any:
     # transformers looks up key conversions by class name, and skips them for classes from elsewhere.
-    Partial.__name__, Partial.__qualname__, Partial.__module__ = cls.__name__, cls.__qualname__, cls.__module__
-    return Partial
+    derived.__name__, derived.__qualname__, derived.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    return derived
 
 
 def _others(model: nn.Module, keep: Sequence[str]) -> list[str]:

@@ -8,118 +8,24 @@ for, and only that slice. What these rules do beyond stacking, joining and trans
 from __future__ import annotations
 
 import copy
-import json
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..contract.errors import ErrorKind, TriptychError
-
-Bounds = tuple[tuple[int, int], ...]
-"""[start, stop) of every dimension."""
-_INDEX = "model.safetensors.index.json"
-
-
-class TorchFile:
-    """A file of ``torch.save``, as older checkpoints have them, used like one of safetensors: mapped, not read."""
-
-    def __init__(self, path: Path) -> None:
-        # nothing but tensors is unpickled
-        self._tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-    def keys(self) -> list[str]:
-        """Names of its tensors."""
-        return list(self._tensors)
-
-    def get_tensor(self, key: str) -> torch.Tensor:
-        """The whole of one."""
-        return self._tensors[key]
-
-    def get_slice(self, key: str) -> TorchSlice:
-        """What parts of one are taken from."""
-        return TorchSlice(self._tensors[key])
-
-
-class TorchSlice:
-    """A tensor that parts are taken from."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        """Of the whole."""
-        return list(self._tensor.shape)
-
-    def __getitem__(self, bounds: tuple[slice, ...]) -> torch.Tensor:
-        return self._tensor[bounds]
-
-
-class Files:
-    """The tensors of a checkpoint's files, read to a device: safetensors, else those of ``torch.save``."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        """Raises TriptychError (MODEL_NOT_FOUND) where there are no such files, or they cannot be read."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            # mapped, not read: pages come in when a slice is taken
-            files: list[Any] = [
-                safe_open(str(path), framework="pt", device="cpu") for path in _paths(folder, _INDEX, "*.safetensors")
-            ] or [TorchFile(path) for path in _paths(folder, "pytorch_model.bin.index.json", "pytorch_model*.bin")]
-            if not files:
-                raise FileNotFoundError("it has neither *.safetensors files nor pytorch_model*.bin")
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            raise TriptychError(
-                ErrorKind.MODEL_NOT_FOUND, f"the weights of {folder} cannot be loaded: {error}", "settings.model"
-            ) from None
-        self._device = device
-        self._where: dict[str, Any] = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-
-    def keys(self) -> list[str]:
-        """Names of all tensors."""
-        return list(self._where)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Of a tensor."""
-        return tuple(self._where[key].get_slice(key).get_shape())
-
-    def read(self, key: str, bounds: Bounds) -> torch.Tensor:
-        """A slice of a tensor, on the device, in the file's dtype."""
-        if not bounds:
-            part: torch.Tensor = self._where[key].get_tensor(key)
-        else:
-            part = self._where[key].get_slice(key)[tuple(slice(start, stop) for start, stop in bounds)]
-        # a copy on a CPU too: what the file holds may change
-        return part.to(self._device, copy=True)
-
-
-def _paths(folder: Path, index: str, pattern: str) -> list[Path]:
-    """Files of weights: those that the index names, where there is one."""
-    if not (folder / index).is_file():
-        return sorted(folder.glob(pattern))
-    return [folder / name for name in sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))]
-
-
-class Part(Protocol):
-    """A tensor that is not there yet."""
-
-    shape: tuple[int, ...]
-
-    def read(self, bounds: Bounds) -> torch.Tensor:
-        """A slice of it."""
+from .files import Bounds, Part, Tensors, unfit, whole
+from .quantised import open_tensors
 
 
 class Stored:
     """A tensor of the checkpoint."""
 
-    def __init__(self, files: Files, key: str) -> None:
+    def __init__(self, files: Tensors, key: str) -> None:
         self.key = key
         self.shape = files.shape(key)
         self._files = files
@@ -222,30 +128,22 @@ class SafetensorsSource:
             progress: show a bar.
 
         Raises:
-            TriptychError: MODEL_NOT_FOUND without weight files, STAGE_FAILED naming weights that are missing,
-                UNSUPPORTED for a quantised checkpoint.
+            TriptychError: MODEL_NOT_FOUND without weight files, STAGE_FAILED naming weights that are missing or of
+                another shape.
         """
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise TriptychError(
-                ErrorKind.UNSUPPORTED, f"{folder} is quantised; such weights cannot be split over GPUs", "settings.tp"
-            )
         self._model = model
         self._text = text
         self._wanted: Mapping[str, torch.Tensor] = {
             name: tensor for name, tensor in model.state_dict().items() if name.startswith((f"{text}.", "lm_head."))
         }
         self._dtypes = _dtypes(model, self._wanted, dtype)
-        self._files = Files(folder, device)
+        self._files = open_tensors(folder, device)
         self._parts = self._resolve(_entries(model, self._files.keys()))
         self._ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         missing = sorted(name for name in self._wanted if self._ties.get(name, name) not in self._parts)
         if missing:
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise TriptychError(
-                ErrorKind.STAGE_FAILED,
-                f"the checkpoint {folder} lacks weights of the language model: {shown}",
-                "settings.model",
-            )
+            raise unfit(folder, "lacks weights of the language model", missing)
+        self._check_shapes(folder)
         self._seen: set[str] = set()
         self._bar = tqdm(total=len(self._wanted), desc="Loading weights", disable=not progress)
 
@@ -269,6 +167,15 @@ class SafetensorsSource:
     def close(self) -> None:
         """End the bar."""
         self._bar.close()
+
+    def _check_shapes(self, folder: Path) -> None:
+        wrong = [
+            f"{name} is {list(self._parts[name].shape)}, not {list(tensor.shape)}"
+            for name, tensor in self._wanted.items()
+            if name in self._parts and tuple(self._parts[name].shape) != tuple(tensor.shape)
+        ]
+        if wrong:
+            raise unfit(folder, "has weights of another shape than the language model's", wrong)
 
     def _resolve(self, entries: Mapping[str, _Entry]) -> dict[str, Part]:
         found: dict[str, Part] = {}
@@ -317,7 +224,7 @@ class SafetensorsSource:
 class _Whole:
     """Runs a conversion of transformers when the first of its results is taken; gives each of them away once."""
 
-    def __init__(self, model: Any, files: Files, name: str, entry: _Entry) -> None:
+    def __init__(self, model: Any, files: Tensors, name: str, entry: _Entry) -> None:
         self._model, self._files, self._name, self._entry = model, files, name, entry
         self._made: dict[str, torch.Tensor] = {}
 
@@ -329,7 +236,7 @@ class _Whole:
             converter = copy.deepcopy(self._entry.converter)
             for pattern, keys in self._entry.sources.items():
                 for key in keys:
-                    tensor = self._files.read(key, tuple((0, size) for size in self._files.shape(key)))
+                    tensor = self._files.read(key, whole(self._files.shape(key)))
                     converter.add_tensor(self._name, key, pattern, lambda tensor=tensor: tensor)
             made = converter.convert(self._name, model=self._model, config=self._model.config)
             self._made = {k: v[0] if isinstance(v, list) else v for k, v in made.items()}

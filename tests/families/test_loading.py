@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
-from triptych.python_models.families import torchvision_fix
+from triptych.python_models.families.files import Files
 from triptych.python_models.families.loading import Absent, load_part, model_class, stage_dtype
 from triptych.python_models.families.registry import load_family
 
@@ -28,7 +28,7 @@ def parameters(model: Any) -> set[str]:
 
 
 class ReadLog:
-    """Names of the tensors whose data was read from safetensors files."""
+    """Names of the tensors whose data was read from a checkpoint's files."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -36,45 +36,14 @@ class ReadLog:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> ReadLog:
-    torchvision_fix.install()
-    import transformers.modeling_utils as module
-
     log = ReadLog()
-    original = module.safe_open
+    original = Files.read
 
-    class Slice:
-        def __init__(self, inner: Any, name: str) -> None:
-            self._inner, self._name = inner, name
+    def read(self: Files, key: str, bounds: Any) -> torch.Tensor:
+        log.names.add(key)
+        return original(self, key, bounds)
 
-        def __getitem__(self, index: Any) -> Any:
-            log.names.add(self._name)
-            return self._inner[index]
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._inner, name)
-
-    class File:
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._inner = original(*args, **kwargs)
-
-        def get_slice(self, name: str) -> Any:
-            return Slice(self._inner.get_slice(name), name)
-
-        def get_tensor(self, name: str) -> Any:
-            log.names.add(name)
-            return self._inner.get_tensor(name)
-
-        def __enter__(self) -> File:
-            self._inner.__enter__()
-            return self
-
-        def __exit__(self, *exc: Any) -> Any:
-            return self._inner.__exit__(*exc)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._inner, name)
-
-    monkeypatch.setattr(module, "safe_open", File)
+    monkeypatch.setattr(Files, "read", read)
     return log
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
-from triptych.python_models.families import weights
+from triptych.python_models.families.files import Files
 from triptych.python_models.families.loading import model_class, outline
 from triptych.python_models.families.registry import load_family
 from triptych.python_models.families.weights import RandomSource, SafetensorsSource
@@ -119,13 +119,13 @@ def test_slices_are_those_of_transformers(tmp_path: Path, kind: str, dtype: torc
 def test_only_what_is_asked_for_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cls = saved("experts one by one", tmp_path)
     reads: list[tuple[str, Any]] = []
-    original = weights.Files.read
+    original = Files.read
 
-    def read(self: weights.Files, key: str, bounds: Any) -> torch.Tensor:
+    def read(self: Files, key: str, bounds: Any) -> torch.Tensor:
         reads.append((key, bounds))
         return original(self, key, bounds)
 
-    monkeypatch.setattr(weights.Files, "read", read)
+    monkeypatch.setattr(Files, "read", read)
     source = opened(tmp_path, cls)
     assert reads == []
     source.get("layers.1.mlp.experts.gate_up_proj", 0, 2, 3)
@@ -211,12 +211,14 @@ def test_files_that_cannot_be_read(tmp_path: Path, damage: str) -> None:
     assert caught.value.kind is ErrorKind.MODEL_NOT_FOUND
 
 
-def test_quantised_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_shape_are_named(tmp_path: Path) -> None:
     cls = saved("plain", tmp_path)
-    model = outline(cls, cls.config_class.from_pretrained(tmp_path), keep, torch.float32)
-    model.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(TriptychError, match="quantised"):
-        SafetensorsSource(model, tmp_path, "model", "cpu", torch.float32)
+    key = "model.layers.1.mlp.up_proj.weight"
+    path = tmp_path / json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"][key]
+    save_file(load_file(path) | {key: torch.zeros(24, 17)}, path)
+    with pytest.raises(TriptychError, match=rf"of another shape .*: {key} is \[24, 17\], not \[24, 16\]$") as caught:
+        opened(tmp_path, cls)
+    assert caught.value.kind is ErrorKind.STAGE_FAILED
 
 
 def test_random_weights_are_the_same_on_all_ranks_where_they_must_be(tmp_path: Path) -> None:

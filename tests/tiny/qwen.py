@@ -94,7 +94,7 @@ def vision_processors() -> dict[str, Any]:
     }
 
 
-def _qwen2_vl() -> tuple[Any, Any]:
+def qwen2_vl() -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
     config = transformers.Qwen2VLConfig(
         text_config=text_shape(tokenizer),
@@ -105,7 +105,7 @@ def _qwen2_vl() -> tuple[Any, Any]:
     return transformers.Qwen2VLForConditionalGeneration(config), processor
 
 
-def _qwen2_5_vl() -> tuple[Any, Any]:
+def qwen2_5_vl() -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
     config = transformers.Qwen2_5_VLConfig(
         text_config=text_shape(tokenizer), vision_config=VISION, **vision_ids(tokenizer)
@@ -148,7 +148,7 @@ def _qwen2_5_omni() -> tuple[Any, Any]:
 
 
 FAMILIES = {
-    "qwen2_vl": Tiny(_qwen2_vl, ("image", "video"), quick=True),
-    "qwen2_5_vl": Tiny(_qwen2_5_vl, ("image", "video"), quick=True),
+    "qwen2_vl": Tiny(qwen2_vl, ("image", "video"), quick=True),
+    "qwen2_5_vl": Tiny(qwen2_5_vl, ("image", "video"), quick=True),
     "qwen2_5_omni": Tiny(_qwen2_5_omni, ("image", "video", "audio"), quick=True),
 }

@@ -44,19 +44,23 @@ def _processor(tokenizer: Any) -> Any:
     return transformers.Qwen3VLProcessor(tokenizer=tokenizer, chat_template=TEMPLATE, **processors())
 
 
-def _qwen3_vl() -> tuple[Any, Any]:
+def qwen3_vl() -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
     config = transformers.Qwen3VLConfig(text_config=text(tokenizer), vision_config=VISION, **vision_ids(tokenizer))
     return transformers.Qwen3VLForConditionalGeneration(config), _processor(tokenizer)
 
 
-def _qwen3_vl_moe(folder: Path) -> None:
-    """Published experts are stored the other way round than transformers has them."""
+def qwen3_vl_moe() -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
     config = transformers.Qwen3VLMoeConfig(
         text_config=text(tokenizer) | EXPERTS, vision_config=VISION, **vision_ids(tokenizer)
     )
-    _save(transformers.Qwen3VLMoeForConditionalGeneration(config), _processor(tokenizer), folder)
+    return transformers.Qwen3VLMoeForConditionalGeneration(config), _processor(tokenizer)
+
+
+def _qwen3_vl_moe(folder: Path) -> None:
+    """Published experts are stored the other way round than transformers has them."""
+    save(*qwen3_vl_moe(), folder)
     weights = load_file(folder / "whole" / "model.safetensors")
     for name in [name for name in weights if ".experts." in name]:
         assert weights[name].shape[1] != weights[name].shape[2]
@@ -65,7 +69,7 @@ def _qwen3_vl_moe(folder: Path) -> None:
     (folder / "config.json").write_text((folder / "whole" / "config.json").read_text())
 
 
-def _save(model: Any, processor: Any, folder: Path) -> None:
+def save(model: Any, processor: Any, folder: Path) -> None:
     """The model in transformers' format into folder/whole, all but it and its configuration into the folder."""
     draw_weights(model)
     tokenizer = processor.tokenizer
@@ -77,7 +81,7 @@ def _save(model: Any, processor: Any, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
 
 
-def _qwen3_omni_thinker() -> tuple[Any, Any]:
+def qwen3_omni_thinker() -> tuple[Any, Any]:
     tokenizer = make_tokenizer()
     config = transformers.Qwen3OmniMoeThinkerConfig(
         text_config=text(tokenizer) | EXPERTS,
@@ -112,7 +116,7 @@ def _qwen3_omni_thinker() -> tuple[Any, Any]:
 
 def _qwen3_omni(folder: Path) -> None:
     """The thinker is a part of what is published."""
-    _save(*_qwen3_omni_thinker(), folder)
+    save(*qwen3_omni_thinker(), folder)
     weights = {f"thinker.{name}": value for name, value in load_file(folder / "whole" / "model.safetensors").items()}
     save_file(weights | {"talker.codec_head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
     thinker = json.loads((folder / "whole" / "config.json").read_text())
@@ -127,8 +131,8 @@ def _qwen3_omni(folder: Path) -> None:
 
 
 FAMILIES = {
-    "qwen3_vl": Tiny(_qwen3_vl, ("image", "video"), quick=True),
+    "qwen3_vl": Tiny(qwen3_vl, ("image", "video"), quick=True),
     "qwen3_omni_moe": Tiny(_qwen3_omni, ("image", "video", "audio")),
-    "qwen3_omni_moe_thinker": Tiny(_qwen3_omni_thinker, ("image", "video", "audio")),
+    "qwen3_omni_moe_thinker": Tiny(qwen3_omni_thinker, ("image", "video", "audio")),
     "qwen3_vl_moe": Tiny(_qwen3_vl_moe, ("image", "video")),
 }
