@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.families import gemma3n
+from triptych.python_models.families.registry import load_family
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +18,14 @@ def parts(make_parts: Callable[[str], Any]) -> Any:
     return make_parts("gemma3n")
 
 
-@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
-def test_pictures_need_timm(parts: Any) -> None:
-    assert parts.family.encoders == {"audio"}
+def test_pictures_need_timm(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemma3n, "find_spec", lambda name: None)
+    family = load_family(parts.settings)
+    assert family.encoders == {"audio"}
+    preprocessor = family.load_preprocessor()
+    chat = parts.make.chat(parts.make.image(1), "x")
     with pytest.raises(TriptychError, match="install timm") as caught:
-        parts.prepare(parts.make.chat(parts.make.image(1), "x"))
+        preprocessor.prepare(chat.messages, chat.media)
     assert caught.value.kind is ErrorKind.UNSUPPORTED
     assert caught.value.param == "messages[0]"
 
