@@ -9,6 +9,8 @@ ones as what they stand for (see :mod:`.quantised`).
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,9 @@ from . import torchvision_fix
 from .checkpoint import Checkpoint
 from .files import Tensors, unfit, whole
 from .quantised import open_tensors
+from .weights import strangers
+
+logger = logging.getLogger(__name__)
 
 
 class Absent(nn.Module):
@@ -94,7 +99,7 @@ def load_part(
     if dummy:
         return _random_part(cls, config, keep, device, dtype)
     try:
-        model, info = _loading_class(cls, keep, open_tensors(folder, device), device).from_pretrained(
+        model, info = _loading_class(cls, keep, folder, device).from_pretrained(
             folder,
             config=_plain(config),
             dtype=dtype,
@@ -122,6 +127,19 @@ def load_part(
     return model.eval().requires_grad_(False).to(device)
 
 
+def warn_of_strangers(cls: Any, config: Any, folder: Path) -> None:
+    """Log a warning that names the tensors of a checkpoint which no stage of the model reads.
+
+    Args: as `load_part`; of a quantised checkpoint, the names are those of plain weights.
+    """
+    names = strangers(meta_model(cls, config), open_tensors(folder, "cpu").keys())
+    if not names:
+        return
+    kinds = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names})
+    shown = ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
+    logger.warning("the checkpoint %s has %d weights that no stage reads: %s", folder, len(names), shown)
+
+
 def _plain(config: Any) -> Any:
     """A copy of a configuration that says nothing of quantisation: the weights that are loaded are plain."""
     copied = copy.deepcopy(config)
@@ -141,7 +159,9 @@ class _Unread:
         return self._files.read(self._key, whole(self._files.shape(self._key)))
 
 
-def _loading_class(cls: Any, keep: Callable[[Any], Sequence[str]], files: Tensors, device: str) -> Any:
+def _loading_class(cls: Any, keep: Callable[[Any], Sequence[str]], folder: Path, device: str) -> Any:
+    files = open_tensors(folder, device)
+
     class Loading(_partial_class(cls, keep)):  # type: ignore[misc]
         @staticmethod
         def _load_pretrained_model(
@@ -150,7 +170,12 @@ def _loading_class(cls: Any, keep: Callable[[Any], Sequence[str]], files: Tensor
             # from_pretrained itself takes a device only where accelerate is installed
             placed = replace(load_config, device_map={"": torch.device(device)})
             unread = {key: _Unread(files, key) for key in files.keys()}  # noqa: SIM118 - it is no dictionary
-            return cls._load_pretrained_model(model, unread, None, placed, *args, **kwargs)
+            info, rest = cls._load_pretrained_model(model, unread, None, placed, *args, **kwargs)
+            if info.conversion_errors:
+                # a traceback, the message of the error, and a line about the conversion
+                why = [f"{name} ({text.splitlines()[-2:][0]})" for name, text in info.conversion_errors.items()]
+                raise unfit(folder, "has weights that cannot be put together", why)
+            return info, rest
 
     return _named_as(Loading, cls)
 

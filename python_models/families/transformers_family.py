@@ -12,24 +12,28 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image as PILImage
 
 from ..contract.errors import ErrorKind, TriptychError, invalid
 from ..contract.features import EncoderItem
 from ..contract.plan import MediaItem
 from ..contract.request import NO_INPUTS, Message, TemplateInputs
 from ..contract.settings import Settings
-from ..media.types import Medium, Video
-from . import evs, overrides, templates
+from ..media.types import Image, Medium, Video
+from . import evs, media_options, overrides, templates
 from .base import Decoder, FrameSampling, Prepared, PrunedRows, WeightSource, refuse_modality
 from .checkpoint import Checkpoint
-from .loading import load_part, meta_model, model_class, outline
+from .loading import load_part, meta_model, model_class, outline, warn_of_strangers
 from .prompt import PromptWriter
+from .token_runs import shorten_runs
 from .tower_attention import use_packed_attention
 from .tower_fusion import fuse_tower
 from .weights import RandomSource, SafetensorsSource
@@ -44,6 +48,8 @@ class TransformersPreprocessor(ABC):
 
     default_sampling: ClassVar[FrameSampling] = FrameSampling()
     """Of videos, where the checkpoint's processor does not say."""
+    cuts_tiles = False
+    """Callers may say how many tiles a picture is cut into (see ``MediaOptions``)."""
     control_tokens: ClassVar[frozenset[str]] = frozenset()
     """Special tokens that callers may write in their texts (see :mod:`.prompt`)."""
 
@@ -70,7 +76,9 @@ class TransformersPreprocessor(ABC):
         )
         self.sampling_rate = int(getattr(getattr(self.processor, "feature_extractor", None), "sampling_rate", 16000))
         self.context_length = context_length(self.config)
+        self._max_pixels = settings.max_image_pixels
         self._tokens = {modality: self.token_id(modality) for modality in encoders}
+        shorten_runs(self.processor.tokenizer, list(self._tokens.values()))
         self._fingerprints = {modality: self._fingerprint(modality) for modality in encoders}
         can_prune = "video" in encoders and not hasattr(self.base, "get_rope_index")
         can_prune = can_prune and type(self).video_grid is not TransformersPreprocessor.video_grid
@@ -123,6 +131,46 @@ class TransformersPreprocessor(ABC):
         if medium.modality not in self.modalities:
             raise refuse_modality(medium.param, medium.modality, self.name, self.modalities)
 
+    def with_options(self, medium: Medium) -> Medium:
+        """The medium as the request asks for it; one that the processor cannot take is refused.
+
+        Raises:
+            TriptychError: UNSUPPORTED for an option without effect here, INVALID_REQUEST for a value that cannot be.
+        """
+        self.check_medium(medium)
+        options, data = medium.options, medium.data
+        if not isinstance(data, Image) or not options:
+            return medium
+        for name in ("min_dynamic_patch", "max_dynamic_patch"):
+            if getattr(options, name) is not None and not self.cuts_tiles:
+                raise _no_effect(f"{medium.param}.{name}", f"{self.name} cuts no tiles by their number")
+        for name in ("min_pixels", "max_pixels"):
+            if getattr(options, name) is not None and not self._follows_size:
+                raise _no_effect(f"{medium.param}.{name}", f"{self.name} gives every picture the same size")
+        least, most = options.min_pixels, options.max_pixels
+        if least is not None and least > self._max_pixels:
+            where = f"{medium.param}.min_pixels"
+            raise invalid(f"{where} must be at most {self._max_pixels} (max_image_pixels), got {least}", where)
+        processor = getattr(self.processor, "image_processor", None)
+        if options.detail == "low":
+            low = media_options.low_detail(processor)
+            most = low if most is None else min(low, most)
+        if least is None and most is None:
+            return medium
+        return replace(medium, data=Image(media_options.fit(processor, data.pixels, least, most, medium.param)))
+
+    @cached_property
+    def _follows_size(self) -> bool:
+        """Whether what the encoder sees of a picture depends on its size."""
+
+        def seen(width: int, height: int) -> Any:
+            media = {"image": [Medium("image", Image(PILImage.new("RGB", (width, height))), "", "")]}
+            batch = self._call(self._placeholder("image"), media)
+            (tensors,) = self.split_features(batch, media)["image"]
+            return {name: tensor.shape for name, tensor in tensors.items()}
+
+        return bool(seen(64, 48) != seen(2048, 1536))
+
     def position_arguments(
         self, batch: Mapping[str, Any], features: Mapping[str, Sequence[Tensors]], media: Mapping[str, Sequence[Medium]]
     ) -> dict[str, Any]:
@@ -147,8 +195,8 @@ class TransformersPreprocessor(ABC):
     ) -> Prepared:
         """See :meth:`.base.Preprocessor.prepare`."""
         grouped: dict[str, list[Medium]] = {}
+        media = [self.with_options(medium) for medium in media]
         for medium in media:
-            self.check_medium(medium)
             grouped.setdefault(medium.modality, []).append(medium)
         prompt = self.prompt.write(messages, template)
         batch = self._process(prompt.text, media, grouped)
@@ -225,7 +273,7 @@ class TransformersPreprocessor(ABC):
             used[token] += count
             # A video's frame rate decides its positions, and what was computed under this digest with them.
             rate = f"{medium.data.sampled_fps:.9g}" if isinstance(medium.data, Video) else ""
-            variant = self.variant(modality, tensors)
+            variant = self.variant(modality, tensors) + medium.options.key
             digest = hashlib.blake2b(
                 f"{modality}:{medium.digest}:{self._fingerprints[modality]}:{rate}:{variant}".encode(), digest_size=32
             ).hexdigest()
@@ -400,6 +448,8 @@ class TransformersFamily(ABC):
     def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
         """See :meth:`.base.Family.load_decoder`."""
         model = self._load(self.decoder_parts, "language model", device, dtype)
+        if self.settings.load_format != "dummy":
+            warn_of_strangers(self.load_class(), self.config(), self.checkpoint.folder)
         table = model.get_input_embeddings()
 
         def embed(ids: torch.Tensor, is_media: torch.Tensor) -> torch.Tensor:
@@ -421,6 +471,9 @@ class TransformersFamily(ABC):
         if self.settings.load_format == "dummy":
             return decoder, RandomSource(model, text, device, dtype)
         folder = self.checkpoint.folder
+        if progress:
+            # the first of several ranks
+            warn_of_strangers(self.load_class(), self.config(), folder)
         return decoder, SafetensorsSource(model, folder, text, device, dtype, progress=progress)
 
     def _decoder(self, model: Any, embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Decoder:
@@ -452,6 +505,10 @@ class TransformersFamily(ABC):
             dtype=dtype,
             dummy=self.settings.load_format == "dummy",
         )
+
+
+def _no_effect(where: str, why: str) -> TriptychError:
+    return TriptychError(ErrorKind.UNSUPPORTED, f"{where} would have no effect: {why}", where)
 
 
 def _tower_rows(item: EncoderItem) -> int:

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..contract.errors import ErrorKind, TriptychError
 from .files import Bounds, Part, Tensors, unfit, whole
 from .quantised import open_tensors
+
+_FORMERLY_STORED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.(masked_)?bias$")
 
 
 class Stored:
@@ -199,12 +202,13 @@ class SafetensorsSource:
 
     def _lazily(self, entry: _Entry, shape: tuple[int, ...]) -> Part | None:
         """The conversion as a part, or None where it does what parts cannot."""
-        parts: dict[str, list[Part]] = {
-            pattern: [Stored(self._files, key) for key in keys] for pattern, keys in entry.sources.items()
-        }
+        stored = {pattern: [Stored(self._files, key) for key in keys] for pattern, keys in entry.sources.items()}
+        parts: dict[str, list[Part]] = {pattern: list(each) for pattern, each in stored.items()}
         for operation in entry.converter.operations:
             kind = type(operation).__name__
             if kind == "MergeModulelist" and operation.dim == 0:
+                for each in stored.values():
+                    _check_one_shape(each)
                 parts = {pattern: [Stacked(each)] for pattern, each in parts.items()}
             elif kind == "Concatenate":
                 ordered = [part for pattern in entry.converter.source_patterns for part in parts.get(pattern, ())]
@@ -219,6 +223,18 @@ class SafetensorsSource:
             return None
         ((part,),) = parts.values()
         return part
+
+
+def _check_one_shape(parts: Sequence[Stored]) -> None:
+    """Raises TriptychError (STAGE_FAILED) where weights that become one have different shapes."""
+    first = parts[0]
+    if other := next((part for part in parts if part.shape != first.shape), None):
+        raise TriptychError(
+            ErrorKind.STAGE_FAILED,
+            f"the checkpoint's weights {first.key} and {other.key} become one, but are {list(first.shape)} and "
+            f"{list(other.shape)}",
+            "settings.model",
+        )
 
 
 class _Whole:
@@ -277,6 +293,15 @@ def _dtypes(model: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype)
         name: torch.float32 if any(p.search(name) for p in patterns) else tensor.dtype
         for name, tensor in tensors.items()
     }
+
+
+def strangers(model: Any, keys: Sequence[str]) -> list[str]:
+    """Tensors of a checkpoint that are no part of a whole model, and that its class does not say to ignore."""
+    known = {key for entry in _entries(model, keys).values() for each in entry.sources.values() for key in each}
+    # buffers that older versions of transformers stored
+    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_FORMERLY_STORED]
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    return sorted(key for key in keys if key not in known and ignored.search(key) is None)
 
 
 def _entries(model: Any, keys: Sequence[str]) -> dict[str, _Entry]:

@@ -224,3 +224,77 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(
         load_family(Settings(model=str(folder))).load_preprocessor()
     trusted: Any = load_family(Settings(model=str(folder), trust_remote_code=True)).load_preprocessor()
     assert type(trusted.processor).__name__ == "OwnProcessor"
+
+
+def damaged(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Any:
+    """The family of a copy of a checkpoint with other weights."""
+    shutil.copytree(folder, target)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return family_of(target)
+
+
+def test_weights_of_another_shape_are_named(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights["visual.blocks.1.attn.proj.weight"] = torch.zeros(32, 31)
+        weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(7, 64)
+
+    family = damaged(tiny_checkpoint("qwen2_5_vl"), tmp_path / "wrong", change)
+    wrong = r"of another shape than the vision encoder's: \S*visual\.blocks\.1\.attn\.proj\.weight is "
+    with pytest.raises(TriptychError, match=wrong + r"\[32, 31\], not \[32, 32\]$") as caught:
+        family.load_encoder("vision", "cpu", torch.float32)
+    assert caught.value.kind is ErrorKind.STAGE_FAILED
+    wrong = (
+        r"of another shape than the language model's: \S*layers\.0\.mlp\.up_proj\.weight is \[7, 64\], not \[96, 64\]$"
+    )
+    with pytest.raises(TriptychError, match=wrong):
+        family.load_decoder("cpu", torch.float32)
+    with pytest.raises(TriptychError, match=wrong):
+        family.open_decoder("cpu", torch.float32, progress=False)
+
+
+def test_weights_that_do_not_go_together_are_named(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    key = "model.layers.0.mlp.experts.1.gate_proj.weight"
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[key] = torch.zeros(3, 64)
+
+    family = damaged(tiny_checkpoint("qwen3_omni_moe_thinker"), tmp_path / "wrong", change)
+    with pytest.raises(TriptychError, match=r"cannot be put together: \S*layers\.0\.mlp\.experts\.gate_up_proj \("):
+        family.load_decoder("cpu", torch.float32)
+    with pytest.raises(TriptychError, match=rf"experts.0.gate_proj.weight and {key} become one, but are .* \[3, 64\]$"):
+        family.open_decoder("cpu", torch.float32, progress=False)
+
+
+def test_weights_that_no_stage_reads_are_named(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        for k in range(3):
+            weights[f"model.layers.{k}.self_attn.extra.weight"] = torch.zeros(2)
+        weights["visual.surplus"] = torch.zeros(2)
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
+
+    family = damaged(tiny_checkpoint("qwen2_5_vl"), tmp_path / "more", change)
+    caplog.set_level("WARNING", "triptych")
+    family.load_encoder("vision", "cpu", torch.float32)
+    assert not caplog.messages
+    family.load_decoder("cpu", torch.float32)
+    (message,) = caplog.messages
+    names = "model.layers.*.self_attn.extra.weight, visual.surplus"
+    assert message == f"the checkpoint {tmp_path / 'more'} has 4 weights that no stage reads: {names}"
+    caplog.clear()
+    family.open_decoder("cpu", torch.float32, progress=False)
+    assert not caplog.messages
+    family.open_decoder("cpu", torch.float32, progress=True)
+    assert caplog.messages == [message]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "qwen3_vl_moe_fp8", "deepseek_ocr2_published"])
+def test_whole_checkpoints_have_no_such_weights(
+    name: str, tiny_checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING", "triptych")
+    family_of(tiny_checkpoint(name)).load_decoder("cpu", torch.float32)
+    assert not [message for message in caplog.messages if "no stage" in message]
