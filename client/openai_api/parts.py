@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import binascii
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -11,11 +12,18 @@ import pybase64
 
 from triptych.python_models.contract import _check as check
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
-from triptych.python_models.contract.request import ROLES, MediaPart, Message, Part, TextPart
+from triptych.python_models.contract.request import (
+    MEDIA_OPTIONS,
+    ROLES,
+    MediaOptions,
+    MediaPart,
+    Message,
+    Part,
+    TextPart,
+)
 
 AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
 PART_TYPES = ("text", "image_url", "video_url", "audio_url", "input_audio")
-_DETAILS = ("auto", "low", "high")
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
 # What an OpenAI client sends back when it appends an answer to the conversation; nothing here makes any of them.
 _EMPTY_IN_MESSAGE = ("refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content")
@@ -79,8 +87,7 @@ def _part(value: Any, where: str, blobs: list[bytes]) -> Part:
         return _image(data, where, blobs)
     if kind in ("video_url", "audio_url"):
         check.known_keys(data, ("type", kind), where)
-        source = _source(data, kind, ("url",), where)
-        return _medium(kind.removesuffix("_url"), source, f"{where}.{kind}.url", blobs)
+        return _medium(kind.removesuffix("_url"), data, where, blobs)
     if kind == "input_audio":
         return _input_audio(data, where, blobs)
     raise invalid(f"{where}.type must be one of {', '.join(PART_TYPES)}, got {kind!r}", f"{where}.type")
@@ -94,14 +101,7 @@ def _image(data: Mapping[str, Any], where: str, blobs: list[bytes]) -> MediaPart
             f"{where}.modalities must be 'image' or 'multi-images', got {modalities!r}; send a video as video_url",
             f"{where}.modalities",
         )
-    source = _source(data, "image_url", ("url", "detail"), where)
-    detail = source.get("detail")
-    if detail is not None and detail not in _DETAILS:
-        raise invalid(
-            f"{where}.image_url.detail must be one of {', '.join(_DETAILS)}, got {detail!r}",
-            f"{where}.image_url.detail",
-        )
-    return _medium("image", source, f"{where}.image_url.url", blobs)
+    return _medium("image", data, where, blobs)
 
 
 def _input_audio(data: Mapping[str, Any], where: str, blobs: list[bytes]) -> MediaPart:
@@ -127,7 +127,15 @@ def _source(data: Mapping[str, Any], kind: str, keys: Iterable[str], where: str)
     return value
 
 
-def _medium(modality: str, source: Mapping[str, Any], field: str, blobs: list[bytes]) -> MediaPart:
+def _medium(modality: str, data: Mapping[str, Any], where: str, blobs: list[bytes]) -> MediaPart:
+    kind = f"{modality}_url"
+    source = _source(data, kind, ("url", *MEDIA_OPTIONS[modality]), where)
+    given = {name: value for name, value in source.items() if name != "url"}
+    options = MediaOptions.from_json(modality, given, f"{where}.{kind}")
+    return replace(_from_url(modality, source, f"{where}.{kind}.url", blobs), options=options)
+
+
+def _from_url(modality: str, source: Mapping[str, Any], field: str, blobs: list[bytes]) -> MediaPart:
     url = check.string(source.get("url"), field)
     if url[:5].lower() == "data:":
         # megabytes, which base64 alone is to read

@@ -28,11 +28,26 @@ class ItemwisePreprocessor(TransformersPreprocessor):
         arguments: dict[str, Any] = {}
         if images := [m.data.pixels for m in media.get("image", ()) if isinstance(m.data, Image)]:
             arguments["images"] = images
-            arguments["images_kwargs"] = dict(RAW)
+            arguments["images_kwargs"] = RAW | self._tiles(media["image"])
         if videos := [m.data.frames for m in media.get("video", ()) if isinstance(m.data, Video)]:
             arguments["videos"] = videos
             arguments["videos_kwargs"] = {**RAW, "do_sample_frames": False, "input_data_format": "channels_last"}
         return arguments
+
+    @property
+    def cuts_tiles(self) -> bool:  # type: ignore[override]
+        """Where its image processor can be told."""
+        return hasattr(self.processor.image_processor, "max_patches")
+
+    def _tiles(self, media: Sequence[Medium]) -> dict[str, int]:
+        """What the image processor is told of the number of tiles of pictures that it sees together."""
+        options = media[0].options
+        if not self.cuts_tiles or not options or len(media) > 1:
+            return {}
+        own = self.processor.image_processor
+        most = 1 if options.detail == "low" else options.max_dynamic_patch or int(own.max_patches)
+        least = options.min_dynamic_patch or min(int(own.min_patches), most)
+        return {"min_patches": least, "max_patches": max(most, least)}
 
     @abstractmethod
     def tensors(self, modality: str, batch: Mapping[str, Any], index: int) -> Tensors:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
+from ..contract.request import NO_OPTIONS, MediaOptions
+
 
 @dataclass(frozen=True)
 class Image:
@@ -54,9 +56,11 @@ class Medium:
         data: the decoded content.
         digest: hex digest over the decoded bytes with their shape (a family adds its processor's options).
         param: the field of the request it came from, for error messages.
+        options: what the request asks for it; frames of a video are sampled accordingly.
     """
 
     modality: str
     data: Image | Video | Audio
     digest: str
     param: str
+    options: MediaOptions = NO_OPTIONS

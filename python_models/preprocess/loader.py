@@ -13,9 +13,10 @@ from typing import TypeVar
 import numpy as np
 
 from ..contract.errors import ErrorKind, TriptychError
-from ..contract.request import MediaPart
+from ..contract.request import MediaOptions, MediaPart
 from ..contract.settings import Settings
 from ..families.base import Preprocessor
+from ..families.media_options import sampling_of
 from ..media.audio import NotForSoundfileError, read_with_soundfile, to_audio
 from ..media.digest import digest
 from ..media.fetch import Fetcher
@@ -79,23 +80,19 @@ class MediaLoader:
         Raises:
             TriptychError: of the first medium that fails, naming its field; the others are given up.
         """
-        tasks: dict[tuple[str, int | str | None], asyncio.Task[Medium]] = {}
+        tasks: dict[MediaPart, asyncio.Task[Medium]] = {}
         for where, part in parts:
-            key = (part.modality, part.url if part.blob is None else part.blob)
-            if key not in tasks:
+            if part not in tasks:
                 blob = None if part.blob is None else blobs[part.blob]
                 loading.pending.add(where)
-                tasks[key] = asyncio.ensure_future(self._load(where, part, blob, loading))
+                tasks[part] = asyncio.ensure_future(self._load(where, part, blob, loading))
         try:
             await asyncio.gather(*tasks.values())
         finally:
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
-        return [
-            replace(tasks[part.modality, part.url if part.blob is None else part.blob].result(), param=where)
-            for where, part in parts
-        ]
+        return [replace(tasks[part].result(), param=where) for where, part in parts]
 
     def release(self, loading: Loading) -> None:
         """The media of a request are no longer in memory."""
@@ -134,7 +131,7 @@ class MediaLoader:
             if part.modality == "image":
                 data = await self._in_thread(lambda: decode_image(blob, self._settings.max_image_pixels))
             elif part.modality == "video":
-                data = await self._video(blob)
+                data = await self._video(blob, part.options)
             else:
                 data = await self._audio(blob)
             self._hold(loading, _size(data))
@@ -151,10 +148,10 @@ class MediaLoader:
         self._telemetry.add("triptych_media_bytes_total", len(blob), modality=part.modality)
         self._telemetry.observe("triptych_media_decode_seconds", time.monotonic() - start, modality=part.modality)
         loading.pending.discard(where)
-        return Medium(part.modality, data, content, where)
+        return Medium(part.modality, data, content, where, part.options)
 
-    async def _video(self, blob: bytes) -> Video:
-        sampling, limit = self._preprocessor.frame_sampling, self._settings.max_video_frames
+    async def _video(self, blob: bytes, options: MediaOptions) -> Video:
+        sampling, limit = sampling_of(self._preprocessor.frame_sampling, options), self._settings.max_video_frames
         job = video_job(asdict(sampling), self._settings.max_image_pixels, limit)
         decoded = await decode(self._pool, job, blob)
         info = VideoInfo(**decoded.about)

@@ -285,6 +285,13 @@ class PreprocessStage(Stage):
         for where, part in parts:
             if part.modality not in allowed:
                 raise refuse_modality(where, part.modality, self._preprocessor.name, allowed)
+            for name in ("num_frames", "max_frames"):
+                frames = getattr(part.options, name)
+                if frames is not None and frames > self.settings.max_video_frames:
+                    raise invalid(
+                        f"{where}.{name} must be at most {self.settings.max_video_frames}, got {frames}",
+                        f"{where}.{name}",
+                    )
             if part.blob is not None and len(blobs[part.blob]) > self.settings.max_media_bytes:
                 raise TriptychError(
                     ErrorKind.TOO_LARGE,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from triptych.client.openai_api.errors import answer_to, in_openai_words
 from triptych.client.openai_api.fields import _NEUTRAL, _OWN, _SAMPLING, ChatCall, parse
 from triptych.python_models.contract.errors import TriptychError, invalid
-from triptych.python_models.contract.request import ChatRequest, MediaPart, TextPart
+from triptych.python_models.contract.request import ChatRequest, MediaOptions, MediaPart, TextPart
 from triptych.python_models.contract.sampling import Grammar
 
 BODY: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -149,6 +149,15 @@ def test_media_become_blobs_in_order() -> None:
     assert found.request.messages[0].parts[1] == TextPart("a")
 
 
+def test_options_of_media() -> None:
+    clip = {"type": "video_url", "video_url": {"url": "https://example.com/v.mp4", "fps": 0.5, "max_frames": 8}}
+    found = call(messages=user(image("data:image/png;base64,b25l", detail="low", max_pixels=4096), clip)).request
+    assert [part.options for part in found.messages[0].parts if isinstance(part, MediaPart)] == [
+        MediaOptions(detail="low", max_pixels=4096),
+        MediaOptions(fps=0.5, max_frames=8),
+    ]
+
+
 def test_tools_and_variables_of_the_template() -> None:
     tools = [function("find", description="d", parameters={"type": "object"}, strict=True)]
     variables = {"enable_thinking": False, "budget": 3}
@@ -252,6 +261,18 @@ def test_fields_that_ask_for_nothing_more_are_accepted(change: dict[str, Any]) -
         ({"regex": "a", "ebnf": "b"}, "ebnf", 400, "only one of regex, ebnf"),
         ({"response_format": {"type": "json_object"}, "regex": "a"}, "regex", 400, "only one of"),
         ({"grammar": {"type": "json_object"}}, "grammar", 400, "unknown field"),
+        (
+            {"messages": user(image("data:image/png;base64,b25l", max_pixels=-1))},
+            "messages[0].content[0].image_url.max_pixels",
+            400,
+            "1",
+        ),
+        (
+            {"messages": user({"type": "video_url", "video_url": {"url": "https://a.b/c", "fps": "x"}})},
+            "messages[0].content[0].video_url.fps",
+            400,
+            "number",
+        ),
         ({"tools": {}}, "tools", 400, "list"),
         ({"tools": [{"type": "function"}]}, "tools[0].function", 400, "object"),
         ({"tools": [{"type": "web"}]}, "tools[0].type", 400, "function"),

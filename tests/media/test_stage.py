@@ -205,6 +205,18 @@ def test_unexpected_error(shared: Any, caplog: pytest.LogCaptureFixture) -> None
     assert "RuntimeError: secret detail" in caplog.text
 
 
+def test_frames_of_a_video_are_those_asked_for(shared: Any, make_clip: Make) -> None:
+    clip = make_clip(30, 10)
+    parts = [blob("video") | options for options in ({}, {"fps": 4}, {"num_frames": 2}, {"max_frames": 4})]
+    shared.letters.seen.clear()
+    plan = Plan.from_json(shared.start(parts, clip).ok["plan"][0])
+    seen = shared.letters.seen[0]
+    assert [len(medium.data.frames) for medium in seen] == [6, 12, 2, 4]
+    assert len({item.digest for item in plan.items}) == 4
+    error = shared.start([blob("video") | {"num_frames": 10_000}], clip).error
+    assert (error.kind, error.param) == (ErrorKind.INVALID_REQUEST, "messages[0].content[0].num_frames")
+
+
 def test_control_requests(shared: Any) -> None:
     for inputs in ({}, {"cancel": [b"nobody", b""]}):
         answer = shared.submit(inputs, "c")
