@@ -31,7 +31,7 @@ class MediaItem:
 
     Attributes:
         modality: "image", "video" or "audio".
-        digest: hex digest over the decoded content and everything that decides its features; equal digests mean
+        digest: hex digest over the medium's file and everything that decides its features; equal digests mean
             equal embeddings, so caches are keyed by it.
         spans: half-open token ranges [start, end) of ``input_ids`` that its embedding rows replace, in row order.
         encoder: the stage that computes its rows ("vision" or "audio"). Rows of all items of one encoder arrive

@@ -57,8 +57,8 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
     ) -> dict[str, list[Tensors]]:
         """Per item ``grid`` int64 [3], ``mean``, ``std``, and its pixels, uint8.
 
-        Those are ``raw`` [height, width, channels], not resized yet, ``picture`` [channels, height, width], or
-        ``patches`` [patches, channels, frames, pixels].
+        Those are ``picture`` [height, width, channels], of the grid's size or still to be resized to it, or ``patches``
+        [patches, channels, frames, pixels].
         """
         out: dict[str, list[Tensors]] = {}
         for modality, (pixels, grid) in _NAMES.items():
@@ -70,14 +70,14 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
             patches = batch[pixels]
             if modality == "image" and not len(patches):
                 out[modality] = [
-                    {"raw": np.asarray(medium.data.pixels), "grid": grids[k], "mean": mean, "std": std}
+                    {"picture": np.asarray(medium.data.pixels), "grid": grids[k], "mean": mean, "std": std}
                     for k, medium in enumerate(media[modality])
                     if isinstance(medium.data, Image)
                 ]
                 continue
             if modality == "image" and self._whole:
                 out[modality] = [
-                    {"picture": picture.reshape(len(mean), *size).numpy(), "grid": grids[k], "mean": mean, "std": std}
+                    {"picture": picture.reshape(*size, len(mean)).numpy(), "grid": grids[k], "mean": mean, "std": std}
                     for k, picture in enumerate(patches.split(grids.prod(-1).tolist()))
                     for size in [grids[k, 1:] * processor.patch_size]
                 ]
@@ -131,11 +131,8 @@ class QwenVisionEncoder(TransformersEncoder):
         if "patches" in item.tensors:
             return normalise_patches(self.to_device(item.tensors["patches"]), mean, std, self.frames, self.dtype)
         patch, merge = int(vision.patch_size), int(vision.spatial_merge_size)
-        if "raw" in item.tensors:
-            height, width = (int(patch * edge) for edge in item.tensors["grid"][1:])
-            picture = resized(self.to_device(item.tensors["raw"]), height, width)
-        else:
-            picture = self.to_device(item.tensors["picture"]).permute(1, 2, 0).contiguous()
+        height, width = (int(patch * edge) for edge in item.tensors["grid"][1:])
+        picture = resized(self.to_device(item.tensors["picture"]), height, width)
         return normalise_patchify(picture, mean, std, patch, merge, self.frames, self.dtype)
 
 

@@ -1,29 +1,32 @@
-"""Content digests: equal decoded content gives equal digests, whatever file it came in."""
+"""Digests of media: one file decoded in one way gives one digest, any other file or way another.
+
+The encoded bytes are hashed, not what they decode to: they are a fraction of it, and decoding is always the same.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
-
-import numpy as np
 
 from .types import Audio, Image, Video
 
 
-def digest(data: Image | Video | Audio) -> str:
-    """SHA-256, for which CPUs of servers have instructions, in hex, over kind, shape and decoded samples.
+def digest(data: Image | Video | Audio, file: bytes) -> str:
+    """SHA-256, for which CPUs of servers have instructions, in hex, over a file and what was taken of it.
 
-    A video's frame rate after sampling counts as content: families derive positions from it.
+    Args:
+        data: what was decoded: its kind and shape count, of a video which frames were taken and their rate (families
+            derive positions from it), of a sound its sampling rate.
+        file: it was decoded from.
     """
-    if isinstance(data, Image):
-        return _hash(["image", *data.pixels.size], data.pixels.tobytes())
-    if isinstance(data, Video):
-        return _hash(["video", *data.frames.shape, f"{data.sampled_fps:.6g}"], np.ascontiguousarray(data.frames).data)
-    return _hash(["audio", data.samples.size, data.sampling_rate], np.ascontiguousarray(data.samples).data)
-
-
-def _hash(head: list[Any], content: bytes | memoryview) -> str:
-    state = hashlib.sha256(json.dumps(head).encode() + b"\n")
-    state.update(content)
+    state = hashlib.sha256(json.dumps(_taken(data)).encode() + b"\n")
+    state.update(file)
     return state.hexdigest()
+
+
+def _taken(data: Image | Video | Audio) -> list[object]:
+    if isinstance(data, Image):
+        return ["image", *data.pixels.size]
+    if isinstance(data, Video):
+        return ["video", *data.frames.shape, f"{data.sampled_fps:.6g}", *data.indices]
+    return ["audio", data.samples.size, data.sampling_rate]

@@ -100,4 +100,7 @@ def _to_rgb(picture: PILImage.Image) -> PILImage.Image:
         white = PILImage.new("RGB", rgba.size, (255, 255, 255))
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
+    if picture.mode == "RGB" and not getattr(picture, "is_animated", False):
+        # as it is: convert() would copy every pixel
+        return picture
     return picture.convert("RGB")

@@ -54,7 +54,7 @@ class Medium:
     Attributes:
         modality: "image", "video" or "audio".
         data: the decoded content.
-        digest: hex digest over the decoded bytes with their shape (a family adds its processor's options).
+        digest: hex digest over the file and what was taken of it (a family adds its processor's options).
         param: the field of the request it came from, for error messages.
         options: what the request asks for it; frames of a video are sampled accordingly.
     """
