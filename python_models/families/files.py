@@ -50,7 +50,7 @@ class Tensors(Protocol):
 
 
 class TorchFile:
-    """A file of ``torch.save``, as older checkpoints have them, used like one of safetensors: mapped, not read."""
+    """A file of ``torch.save``, as older checkpoints have them, used like one of safetensors; it is mapped."""
 
     def __init__(self, path: Path) -> None:
         # nothing but tensors is unpickled
@@ -61,8 +61,8 @@ class TorchFile:
         return list(self._tensors)
 
     def get_tensor(self, key: str) -> torch.Tensor:
-        """The whole of one."""
-        return self._tensors[key]
+        """The whole of one; a copy, as what the file holds may change."""
+        return self._tensors[key].clone()
 
     def get_slice(self, key: str) -> TorchSlice:
         """What parts of one are taken from."""
@@ -84,7 +84,7 @@ class TorchSlice:
         return self._tensor.dtype
 
     def __getitem__(self, bounds: tuple[slice, ...]) -> torch.Tensor:
-        return self._tensor[bounds]
+        return self._tensor[bounds].clone()
 
 
 class Files:
@@ -95,9 +95,9 @@ class Files:
         from safetensors import SafetensorError, safe_open
 
         try:
-            # mapped, not read: pages come in when a slice is taken
+            # read slice by slice and not mapped: pages of a mapped file would stay in this process's memory
             files: list[Any] = [
-                safe_open(str(path), framework="pt", device="cpu")
+                safe_open(str(path), framework="pt", device="cpu", backend="pread")
                 for path in _paths(folder, _INDEX, "model.safetensors", "*.safetensors")
             ] or [TorchFile(path) for path in _paths(folder, _OLDER_INDEX, "pytorch_model.bin", "pytorch_model*.bin")]
             if not files:
@@ -128,8 +128,7 @@ class Files:
             part: torch.Tensor = self._where[key].get_tensor(key)
         else:
             part = self._where[key].get_slice(key)[tuple(slice(start, stop) for start, stop in bounds)]
-        # a copy on a CPU too: what the file holds may change
-        return part.to(self._device, copy=True)
+        return part.to(self._device)
 
 
 def whole(shape: tuple[int, ...]) -> Bounds:

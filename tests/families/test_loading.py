@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,3 +299,48 @@ def test_whole_checkpoints_have_no_such_weights(
     caplog.set_level("WARNING", "triptych")
     family_of(tiny_checkpoint(name)).load_decoder("cpu", torch.float32)
     assert not [message for message in caplog.messages if "no stage" in message]
+
+
+def resident() -> int:
+    """Bytes of memory that this process has, of its own and of mapped files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+
+
+def test_memory_is_that_of_the_weights(tmp_path: Path) -> None:
+    """Of a checkpoint of 100 MB in shards of 20 MB, nothing but the weights is held at any time."""
+    cls = model_class("Qwen2ForCausalLM")
+    config = cls.config_class(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    cls(config).save_pretrained(tmp_path, max_shard_size="20MB")
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert size > 100e6
+    assert len(list(tmp_path.glob("*.safetensors"))) > 4
+
+    def load() -> Any:
+        return load_part(
+            cls, config, tmp_path, lambda _: ["lm_head", "model"], part="all", device="cpu", dtype=torch.float32
+        )
+
+    # what is imported and allocated once
+    load()
+    ended = threading.Event()
+    seen = [before := resident()]
+
+    def watch() -> None:
+        while not ended.wait(0.002):
+            seen.append(resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load()
+    ended.set()
+    watcher.join()
+    assert model.lm_head.weight.shape == (64, 512)
+    assert max(seen) - before < size + 40e6
