@@ -7,11 +7,13 @@ The launcher's command-line options map to these fields one to one; each config.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 from . import _check as check
 from .errors import invalid
+from .request import MODALITIES
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Settings:
         dtype: "auto" (the checkpoint's on GPU, float32 on CPU), "float32", "bfloat16" or "float16".
         load_format: "auto" (the checkpoint's weights) or "dummy" (random ones of the same shapes, to measure speed).
         json_model_override_args: JSON object merged over the checkpoint's config.json, in every stage.
+        mm_process_config: JSON object of options for processing media, with sections image, video and audio, such as
+            {"image": {"max_pixels": 1048576}, "video": {"fps": 3, "max_frames": 60}}; docs/options.md lists them.
         chat_template: name of a chat template in place of the checkpoint's own (such as qwen2-vl, vicuna_v1.1; docs/
             options.md lists them), or a .jinja file; "" and "glm-4v" are the checkpoint's own.
         context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.
@@ -77,6 +81,7 @@ class Settings:
     load_format: str = "auto"
     json_model_override_args: str = ""
     chat_template: str = ""
+    mm_process_config: str = ""
     context_length: int = 0
     max_running_requests: int = 64
     max_mamba_cache_size: int = 0
@@ -153,6 +158,10 @@ class Settings:
                 f"{given['video_pruning_rate']!r}",
                 "settings.video_pruning_rate",
             )
+        if given.get("mm_process_config"):
+            sections = _object(given["mm_process_config"], "settings.mm_process_config", MODALITIES)
+            for name, options in sections.items():
+                check.mapping(options, f"settings.mm_process_config.{name}")
         for name, allowed in _CHOICES.items():
             if name in given and given[name] not in allowed:
                 raise invalid(
@@ -163,6 +172,17 @@ class Settings:
     def to_json(self) -> str:
         """Every field, so that a model repository is complete in itself."""
         return json.dumps(asdict(self))
+
+
+def _object(text: str, where: str, keys: Iterable[str]) -> Mapping[str, Any]:
+    """A setting that is the text of a JSON object with such keys."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise invalid(f"{where} is not JSON: {error}", where) from None
+    found = check.mapping(data, where)
+    check.known_keys(found, keys, where)
+    return found
 
 
 def _is_share(text: str) -> bool:

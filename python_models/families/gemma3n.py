@@ -180,7 +180,7 @@ class Gemma3n(TransformersFamily):
         """See :meth:`.base.Family.load_preprocessor`; of what there is an encoder for."""
         model = meta_model(self.load_class(), self.config())
         encoders = {m: encoder for m, encoder in self.modality_encoders.items() if encoder in self.encoders}
-        return self.preprocessor_class(self.checkpoint, self.settings, model, encoders)
+        return self.preprocessor_class(self.checkpoint, self.settings, model, encoders).ready()
 
     def decoder_parts(self, model: Any) -> list[str]:
         """Also the projectors, for their tables."""

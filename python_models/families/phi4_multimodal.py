@@ -351,7 +351,7 @@ class Phi4Multimodal(TransformersFamily):
         """See :meth:`.base.Family.load_preprocessor`."""
         return self.preprocessor_class(
             self.checkpoint, self.settings, meta_model(super().load_class(), self.config()), self.modality_encoders
-        )
+        ).ready()
 
     def load_decoder(self, device: str, dtype: torch.dtype) -> Decoder:
         """See :meth:`.base.Family.load_decoder`; with the adapters in place."""

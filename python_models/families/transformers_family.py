@@ -27,11 +27,12 @@ from ..contract.features import EncoderItem
 from ..contract.plan import MediaItem
 from ..contract.request import NO_INPUTS, Message, TemplateInputs
 from ..contract.settings import Settings
-from ..media.types import Image, Medium, Video
+from ..media.types import Audio, Image, Medium, Video
 from . import evs, media_options, overrides, templates
 from .base import Decoder, FrameSampling, Prepared, PrunedRows, WeightSource, refuse_modality
 from .checkpoint import Checkpoint
 from .loading import load_part, meta_model, model_class, outline, warn_of_strangers
+from .process_config import ProcessConfig
 from .prompt import PromptWriter
 from .token_runs import shorten_runs
 from .tower_attention import use_packed_attention
@@ -58,6 +59,9 @@ class TransformersPreprocessor(ABC):
         self.name = checkpoint.model_type
         self.folder = checkpoint.folder
         self.processor = self.load_processor(checkpoint.folder, settings)
+        self.process = ProcessConfig.of(settings)
+        self.process.apply(self.processor, self.name, encoders)
+        self._bounds = self.process.bounds(getattr(self.processor, "image_processor", None))
         self.encoders = encoders
         self.modalities = frozenset(encoders)
         # Positions come from the configuration alone: no weights are needed.
@@ -79,11 +83,31 @@ class TransformersPreprocessor(ABC):
         self._max_pixels = settings.max_image_pixels
         self._tokens = {modality: self.token_id(modality) for modality in encoders}
         shorten_runs(self.processor.tokenizer, list(self._tokens.values()))
-        self._fingerprints = {modality: self._fingerprint(modality) for modality in encoders}
+        self._fingerprints = {m: self._fingerprint(m) + self.process.key(m) for m in encoders}
         can_prune = "video" in encoders and not hasattr(self.base, "get_rope_index")
         can_prune = can_prune and type(self).video_grid is not TransformersPreprocessor.video_grid
         self._pruning = evs.pruning_rate(settings, self.config, possible=can_prune)
         self.first_call()
+
+    def ready(self) -> TransformersPreprocessor:
+        """Itself, once what the operator asks of pictures is known to have an effect.
+
+        Raises:
+            TriptychError: UNSUPPORTED where it has none.
+        """
+        if self._bounds != (None, None) and not self._follows_size:
+            message = f"min_pixels and max_pixels would have no effect: {self.name} gives every picture the same size"
+            raise TriptychError(ErrorKind.UNSUPPORTED, message, "settings.mm_process_config")
+        return self
+
+    @property
+    def frame_sampling(self) -> FrameSampling:
+        """The family's, as the operator has changed it."""
+        return self.process.sampling(self._frame_sampling)
+
+    @frame_sampling.setter
+    def frame_sampling(self, own: FrameSampling) -> None:
+        self._frame_sampling = own
 
     def first_call(self) -> None:
         """Fixes the tokenizer's padding and truncation, so that later calls, from several threads, never change it."""
@@ -137,9 +161,12 @@ class TransformersPreprocessor(ABC):
         Raises:
             TriptychError: UNSUPPORTED for an option without effect here, INVALID_REQUEST for a value that cannot be.
         """
-        self.check_medium(medium)
         options, data = medium.options, medium.data
-        if not isinstance(data, Image) or not options:
+        if isinstance(data, Audio) and self.process.max_seconds is not None:
+            samples = data.samples[: max(round(self.process.max_seconds * data.sampling_rate), 1)]
+            medium = replace(medium, data=replace(data, samples=samples))
+        self.check_medium(medium)
+        if not isinstance(data, Image) or not (options or any(self._bounds)):
             return medium
         for name in ("min_dynamic_patch", "max_dynamic_patch"):
             if getattr(options, name) is not None and not self.cuts_tiles:
@@ -147,7 +174,8 @@ class TransformersPreprocessor(ABC):
         for name in ("min_pixels", "max_pixels"):
             if getattr(options, name) is not None and not self._follows_size:
                 raise _no_effect(f"{medium.param}.{name}", f"{self.name} gives every picture the same size")
-        least, most = options.min_pixels, options.max_pixels
+        least = max(options.min_pixels or 0, self._bounds[0] or 0) or None
+        most = min((n for n in (options.max_pixels, self._bounds[1]) if n is not None), default=None)
         if least is not None and least > self._max_pixels:
             where = f"{medium.param}.min_pixels"
             raise invalid(f"{where} must be at most {self._max_pixels} (max_image_pixels), got {least}", where)
@@ -169,7 +197,9 @@ class TransformersPreprocessor(ABC):
             (tensors,) = self.split_features(batch, media)["image"]
             return {name: tensor.shape for name, tensor in tensors.items()}
 
-        return bool(seen(64, 48) != seen(2048, 1536))
+        if media_options.pixel_rule(getattr(self.processor, "image_processor", None)) is not None:
+            return True
+        return any(seen(*size) != seen(2048, 1536) for size in ((28, 21), (64, 48)))
 
     def position_arguments(
         self, batch: Mapping[str, Any], features: Mapping[str, Sequence[Tensors]], media: Mapping[str, Sequence[Medium]]
@@ -412,7 +442,7 @@ class TransformersFamily(ABC):
     def load_preprocessor(self) -> TransformersPreprocessor:
         """See :meth:`.base.Family.load_preprocessor`."""
         model = meta_model(self.load_class(), self.config())
-        return self.preprocessor_class(self.checkpoint, self.settings, model, self.modality_encoders)
+        return self.preprocessor_class(self.checkpoint, self.settings, model, self.modality_encoders).ready()
 
     def load_encoder(self, encoder: str, device: str, dtype: torch.dtype) -> TransformersEncoder:
         """See :meth:`.base.Family.load_encoder`."""
