@@ -274,12 +274,12 @@ ROWS = (
     Row("rednote-hilab/dots.ocr", "dots", "image", "vision: NaViT, adapter", PLAIN, "published format", ("dots_ocr",)),
     Row(
         "Efficient-Large-Model/NVILA-8B, -15B, NVILA-Lite-*",
-        "nvila",
+        "nvila, nvila_original",
         "image, video",
         "vision: SigLIP, downsampling projector",
         PLAIN,
-        "dynamic S2 (three scales), tiles in the Lite ones, eight frames; published format",
-        ("nvila", "nvila_lite"),
+        "dynamic S2 (three scales), tiles in the Lite ones, eight frames; both published formats",
+        ("nvila", "nvila_lite", "nvila_original", "nvila_lite_original"),
     ),
     Row(
         "baidu/ERNIE-4.5-VL-28B-A3B-PT, -424B-A47B-PT",
