@@ -11,16 +11,10 @@ from typing import Any
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.settings import Settings
 from . import overrides
+from .hub import download
 from .quantisation import Quantisation
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Everything that configuration, processors and safetensors weights may be stored in; no images. ERNIE's video processor
-# draws with a font.
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.ttf"]
-# Weights of older checkpoints, which have no safetensors; nothing but tensors is unpickled from them.
-_OLDER = ["pytorch_model*.bin"]
-# Only where it is trusted.
-_CODE = "*.py"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -112,29 +106,7 @@ def _folder(settings: Settings) -> Path:
             f"there is no folder {model!r}, and it is not a hub id; give 'builtin', a folder with config.json, "
             "or a Hugging Face id such as 'Qwen/Qwen2.5-VL-3B-Instruct'"
         )
-    code = [_CODE] if settings.trust_remote_code else []
-    return _download(model, settings.revision, [*_WANTED, *code])
-
-
-def _download(hub_id: str, revision: str, wanted: list[str]) -> Path:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    what = f"{hub_id!r}" + (f" at revision {revision!r}" if revision else "")
-    try:
-        # Shows a progress bar on a terminal, takes what is in the local cache as it is, resumes what was cut short.
-        folder = Path(snapshot_download(hub_id, revision=revision or None, allow_patterns=wanted))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(hub_id, revision=revision or None, allow_patterns=_OLDER)
-        return folder
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()
-        raise _not_found(
-            f"model {what} is no local folder and could not be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}: {cause[0] if cause else 'no details'}); check the id, the network and, for "
-            "gated models, HF_TOKEN, or download it elsewhere and give the folder"
-        ) from None
+    return download(model, settings.revision, code=settings.trust_remote_code)
 
 
 def _not_found(message: str) -> TriptychError:
