@@ -19,7 +19,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
-from triptych.client.launcher import LauncherError, TritonServer, find_server, place
+from triptych.client.launcher import Download, LauncherError, TritonServer, find_server, place
 from triptych.client.openai_api import Service, ShimOptions, create_app
 from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.settings import Settings
@@ -79,6 +79,7 @@ class _Serving:
         self._settings = settings
         self._listener = listener
         self._service = Service(shim)
+        self._download: Download | None = None
         self._triton: TritonServer | None = None
         self._began = time.monotonic()
         self._stopping = asyncio.Event()
@@ -128,7 +129,11 @@ class _Serving:
         self._say_ready()
 
     def _prepare_triton(self) -> TritonServer:
-        args, placement = self._args, place(self._settings)
+        args, settings, placement = self._args, self._settings, place(self._settings)
+        if settings.model != "builtin" and not Path(settings.model).is_dir():
+            _say(f"downloading {settings.model} from the hub, or finding it in the local cache")
+            self._download = Download(settings.model, settings.revision, code=settings.trust_remote_code)
+            self._download.run()
         where = f"GPU {', '.join(map(str, placement.gpu_ids))}" if placement.gpu_ids else "the CPU"
         _say(f"serving {self._settings.model} on {where}")
         self._triton = triton = TritonServer(
@@ -194,6 +199,8 @@ class _Serving:
         triton.wait_ready(self._args.startup_timeout, _say)
 
     async def _stop_triton(self) -> None:
+        if self._download is not None:
+            self._download.stop()
         if self._triton is not None:
             await asyncio.to_thread(self._triton.stop)
 

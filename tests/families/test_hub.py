@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from triptych.client.launcher import Download, LauncherError
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
 FILES = {
@@ -47,6 +49,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.status = 200
         self.error = ""
         self.cut = 0
+        self.asked = threading.Event()
+        self.held: threading.Event | None = None
         self.sent: list[str] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -72,6 +76,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub = self.server
+        hub.asked.set()
+        if hub.held is not None:
+            hub.held.wait(60)
         if hub.status != 200:
             return self.answer(hub.status, b"{}", **({"X_Error_Code": hub.error} if hub.error else {}))
         if found := re.match(r"/api/models/org/name/revision/([^/?]+)", self.path):
@@ -139,6 +146,12 @@ def refused(hub: Hub, home: Path, *arguments: str, **extra: str) -> str:
     assert "Traceback" not in err
     (message,) = out.splitlines()
     return message
+
+
+def launched(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> Download:
+    for name, value in (("HF_ENDPOINT", hub.url), ("HF_HOME", str(home)), ("HF_HUB_DISABLE_XET", "1")):
+        monkeypatch.setenv(name, value)
+    return Download("org/name", "main", code=False)
 
 
 def names(folder: Path) -> set[str]:
@@ -218,3 +231,33 @@ def test_offline_without_a_cache(hub: Hub, tmp_path: Path) -> None:
     message = refused(hub, tmp_path, HF_HUB_OFFLINE="1")
     assert "cannot be reached (or HF_HUB_OFFLINE is set) and the local cache does not have all of it" in message
     assert not hub.sent
+
+
+def test_the_launcher_downloads_before_the_stages(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    launched(hub, tmp_path, monkeypatch).run()
+    assert sorted(hub.sent) == sorted(WANTED)
+    assert "100%" in capfd.readouterr().err
+    hub.status, hub.error = 404, "RepoNotFound"
+    with pytest.raises(LauncherError, match="the hub has no such model"):
+        launched(hub, tmp_path / "other", monkeypatch).run()
+
+
+def test_the_launcher_stops_a_download(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.held = threading.Event()
+    one = launched(hub, tmp_path, monkeypatch)
+
+    def stop() -> None:
+        hub.asked.wait(60)
+        one.stop()
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    with pytest.raises(LauncherError, match="stopped"):
+        one.run()
+    stopping.join()
+    hub.held.set()
+    with pytest.raises(LauncherError, match="stopped"):
+        one.run()
