@@ -33,7 +33,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         option, kind = option_of(field.name), types[field.name]
         common: dict[str, Any] = {"dest": field.name, "default": None}
         text = helps[field.name].replace("%", "%%")
-        if kind is bool:
+        if field.name == "enable_multimodal":
+            # users write it without a value too
+            group.add_argument(option, nargs="?", const="on", metavar="auto|on|off", help=text, **common)
+        elif kind is bool:
             shown = " (on by default)" if field.default else ""
             group.add_argument(option, action=argparse.BooleanOptionalAction, help=text + shown, **common)
         elif kind in (int, float, str):

@@ -30,6 +30,16 @@ class Settings:
         json_model_override_args: JSON object merged over the checkpoint's config.json, in every stage.
         mm_process_config: JSON object of options for processing media, with sections image, video and audio, such as
             {"image": {"max_pixels": 1048576}, "video": {"fps": 3, "max_frames": 60}}; docs/options.md lists them.
+        enable_multimodal: "auto" (what the checkpoint takes), "on" (the same, and a checkpoint that takes text alone is
+            refused) or "off" (text alone: no encoder is loaded, media are refused); without a value it is "on".
+        limit_mm_data_per_request: JSON object of the most media of a kind in one request, such as
+            {"image": 2, "video": 1, "audio": 0}; a kind that it does not name has no limit of its own.
+        mm_attention_backend: attention of the encoders: "auto" (triton on a GPU where the encoder packs sequences, else
+            sdpa), "sdpa", "triton" (one call for all pictures and sounds of a batch) or "flash_attn".
+        mm_feature_transport: how embeddings go from encoder to language model: "cuda_ipc" (they stay on the GPU), "cpu"
+            (through host memory) or "auto" (cuda_ipc where there is a GPU).
+        keep_mm_feature_on_device: the encoders' cache of embeddings is on their GPU; off, it is in host memory and what
+            is found in it is copied back.
         chat_template: name of a chat template in place of the checkpoint's own (such as qwen2-vl, vicuna_v1.1; docs/
             options.md lists them), or a .jinja file; "" and "glm-4v" are the checkpoint's own.
         context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.
@@ -81,6 +91,11 @@ class Settings:
     load_format: str = "auto"
     json_model_override_args: str = ""
     chat_template: str = ""
+    enable_multimodal: str = "auto"
+    limit_mm_data_per_request: str = ""
+    mm_attention_backend: str = "auto"
+    mm_feature_transport: str = "auto"
+    keep_mm_feature_on_device: bool = True
     mm_process_config: str = ""
     context_length: int = 0
     max_running_requests: int = 64
@@ -162,12 +177,22 @@ class Settings:
             sections = _object(given["mm_process_config"], "settings.mm_process_config", MODALITIES)
             for name, options in sections.items():
                 check.mapping(options, f"settings.mm_process_config.{name}")
+        if given.get("limit_mm_data_per_request"):
+            limits = _object(given["limit_mm_data_per_request"], "settings.limit_mm_data_per_request", MODALITIES)
+            for name, limit in limits.items():
+                check.integer(limit, f"settings.limit_mm_data_per_request.{name}", 0)
         for name, allowed in _CHOICES.items():
             if name in given and given[name] not in allowed:
                 raise invalid(
                     f"settings.{name} must be one of {', '.join(allowed)}, not {given[name]!r}", f"settings.{name}"
                 )
         return cls(**given)
+
+    @property
+    def media_limits(self) -> Mapping[str, int]:
+        """Modality -> most media of it in one request, where there is a limit."""
+        found: Mapping[str, int] = json.loads(self.limit_mm_data_per_request or "{}")
+        return found
 
     def to_json(self) -> str:
         """Every field, so that a model repository is complete in itself."""
@@ -199,6 +224,9 @@ _CHOICES = {
     "decoder_backend": ("auto", "fused", "transformers"),
     "overlap": ("auto", "on", "off"),
     "gpu_preprocessing": ("auto", "on", "off"),
+    "enable_multimodal": ("auto", "on", "off"),
+    "mm_attention_backend": ("auto", "sdpa", "triton", "flash_attn"),
+    "mm_feature_transport": ("auto", "cuda_ipc", "cpu"),
 }
 _MINIMUM = {
     "tp": 1,

@@ -63,7 +63,13 @@ class EncoderStage(Stage):
         self.name = f"{self.encoder_name}_encoder"
         self._input, self._output = f"{self.encoder_name}_features", f"{self.encoder_name}_embeddings"
         self._encoder = encoder or self._load()
-        self._cache = EmbeddingCache(settings.mm_cache_size_mb * 2**20)
+        on_gpu = torch.device(device).type == "cuda"
+        if settings.mm_feature_transport == "cuda_ipc" and not on_gpu:
+            raise invalid("mm_feature_transport cuda_ipc needs a GPU", "settings.mm_feature_transport")
+        self._through_host = settings.mm_feature_transport == "cpu"
+        self._cache = EmbeddingCache(
+            settings.mm_cache_size_mb * 2**20, None if settings.keep_mm_feature_on_device else "cpu"
+        )
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
@@ -72,7 +78,9 @@ class EncoderStage(Stage):
         self._worker.start()
 
     def _load(self) -> Encoder | None:
-        """The checkpoint's encoder, or None where it has none."""
+        """The checkpoint's encoder, or None where it has none or is to take text alone."""
+        if self.settings.enable_multimodal == "off":
+            return None
         family = load_family(self.settings)
         if self.encoder_name not in family.encoders:
             return None
@@ -261,6 +269,8 @@ class EncoderStage(Stage):
             torch.cuda.current_stream(torch.device(self.device)).synchronize()
         else:
             outputs = [rows.float() for rows in outputs]
+        if self._through_host:
+            outputs = [rows.cpu() for rows in outputs]
         for job, rows in zip(ready, outputs, strict=True):
             if self._finish(job, "ok"):
                 answer: dict[str, Any] = {self._output: rows.contiguous()}

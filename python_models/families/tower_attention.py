@@ -6,13 +6,59 @@ says "flash", and once for every window otherwise: hundreds of launches a layer 
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ...kernels.packed_attention import packed_attention
+from ..contract.errors import ErrorKind, TriptychError
 
 _NAME = "triptych_flash_packed"
+
+
+def choose_attention(
+    towers: Sequence[Any], name: str, backend: str, device: str, dtype: torch.dtype, *, packs: bool
+) -> None:
+    """Have the towers of an encoder attend as ``--mm-attention-backend`` says.
+
+    Args:
+        towers: its modules; one that does not attend stays as it is.
+        name: of the family.
+        backend: the option.
+        device, dtype: of the tower.
+        packs: the family's towers can attend in one call for all sequences.
+
+    Raises:
+        TriptychError: UNSUPPORTED where this cannot be.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if backend == "triton" and not packs:
+        raise _refuse(backend, f"the encoders of {name} do not pack their sequences; use auto or sdpa")
+    if backend == "triton" or (backend == "auto" and packs and on_gpu):
+        for tower in towers:
+            use_packed_attention(tower)
+    elif backend == "flash_attn":
+        if not on_gpu or dtype == torch.float32:
+            raise _refuse(backend, "it needs a GPU and dtype bfloat16 or float16")
+        if importlib.util.find_spec("flash_attn") is None:
+            raise _refuse(backend, "it needs the package flash_attn, which is not installed")
+        from transformers.modeling_utils import PreTrainedModel
+
+        attend = [tower for tower in towers if isinstance(tower, PreTrainedModel)]
+        if not attend:
+            raise _refuse(backend, f"the encoders of {name} have an attention of their own")
+        for tower in attend:
+            try:
+                tower.set_attn_implementation("flash_attention_2")
+            except (ValueError, ImportError) as error:
+                raise _refuse(backend, str(error)) from None
+
+
+def _refuse(backend: str, why: str) -> TriptychError:
+    message = f"mm_attention_backend {backend} is not possible: {why}"
+    return TriptychError(ErrorKind.UNSUPPORTED, message, "settings.mm_attention_backend")
 
 
 def use_packed_attention(tower: Any) -> None:

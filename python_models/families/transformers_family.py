@@ -35,7 +35,7 @@ from .loading import load_part, meta_model, model_class, outline, warn_of_strang
 from .process_config import ProcessConfig
 from .prompt import PromptWriter
 from .token_runs import shorten_runs
-from .tower_attention import use_packed_attention
+from .tower_attention import choose_attention
 from .tower_fusion import fuse_tower
 from .weights import RandomSource, SafetensorsSource
 
@@ -454,11 +454,17 @@ class TransformersFamily(ABC):
             return [prefix + name for name in self.towers[encoder]]
 
         model = self._load(keep, f"{encoder} encoder", device, dtype)
+        towers = [model.base_model.get_submodule(name) for name in self.towers[encoder]]
+        choose_attention(
+            towers,
+            self.checkpoint.model_type,
+            self.settings.mm_attention_backend,
+            device,
+            dtype,
+            packs=self.packs_sequences,
+        )
         if torch.device(device).type == "cuda":
-            for name in self.towers[encoder]:
-                tower = model.base_model.get_submodule(name)
-                if self.packs_sequences:
-                    use_packed_attention(tower)
+            for tower in towers:
                 fuse_tower(tower)
         return self.encoder_classes[encoder](model, device, dtype)
 

@@ -81,6 +81,13 @@ class PreprocessStage(Stage):
 
             preprocessor = load_family(settings).load_preprocessor()
         self._preprocessor = preprocessor
+        self._modalities = preprocessor.modalities if settings.enable_multimodal != "off" else frozenset[str]()
+        if settings.enable_multimodal == "on" and not self._modalities:
+            raise TriptychError(
+                ErrorKind.UNSUPPORTED,
+                f"enable_multimodal is on, but {preprocessor.name} takes text alone",
+                "settings.enable_multimodal",
+            )
         self._context_length = min(settings.context_length or preprocessor.context_length, preprocessor.context_length)
         cpus = os.cpu_count() or 1
         self._text_threads = ThreadPoolExecutor(_TEXT_THREADS, "triptych-text")
@@ -125,13 +132,13 @@ class PreprocessStage(Stage):
         self._loader = MediaLoader(
             settings, self._preprocessor, self.telemetry, self._fetcher, self._pool, self._media_threads
         )
-        if "video" in self._preprocessor.modalities:
+        if "video" in self._modalities:
             try:
                 await self._pool.start()
             except BaseException:
                 await self._pool.close()
                 raise
-        if "audio" in self._preprocessor.modalities:
+        if "audio" in self._modalities:
             # the resampler takes seconds to import, which neither start-up nor the first request should wait for
             self._warm_up = self._loop.run_in_executor(self._media_threads, _warm_up_audio)
             self._warm_up.add_done_callback(_report)
@@ -247,15 +254,17 @@ class PreprocessStage(Stage):
             limit = self.settings.mm_per_request_timeout
             return await asyncio.wait_for(self._with_media(request, blobs, loading), limit)
         except asyncio.TimeoutError:
-            raise TriptychError(
+            late = TriptychError(
                 ErrorKind.TIMEOUT,
                 f"{', '.join(sorted(loading.pending)) or 'the media of the request'}: not fetched and processed within "
                 f"{limit:g} s (mm_per_request_timeout)",
                 min(loading.pending, default=None),
-            ) from None
+            )
         finally:
             self._loader.release(loading)
             self._slots.release()
+        # not above, where its context would keep the media in memory as long as somebody has the error
+        raise late
 
     async def _admit(self) -> None:
         """Wait for one of the places for requests with media."""
@@ -281,9 +290,20 @@ class PreprocessStage(Stage):
                 "are allowed",
                 "messages",
             )
-        allowed = self._preprocessor.modalities
+        allowed = self._modalities
+        for modality, limit in self.settings.media_limits.items():
+            count = sum(part.modality == modality for _, part in parts)
+            if count > limit and modality in allowed:
+                raise invalid(
+                    f"the request has {count} media of type {modality}; at most {limit} are allowed "
+                    "(limit_mm_data_per_request)",
+                    "messages",
+                )
         for where, part in parts:
             if part.modality not in allowed:
+                if self.settings.enable_multimodal == "off" and part.modality in self._preprocessor.modalities:
+                    message = f"{where}: this server takes text alone (enable_multimodal is off)"
+                    raise TriptychError(ErrorKind.UNSUPPORTED, message, where)
                 raise refuse_modality(where, part.modality, self._preprocessor.name, allowed)
             for name in ("num_frames", "max_frames"):
                 frames = getattr(part.options, name)

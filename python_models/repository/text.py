@@ -35,7 +35,7 @@ def stage_config(
     """
     on_gpu = spec.uses_gpu and bool(gpu_ids)
     parameters = {"stage": stage_class or spec.name, "settings": settings.to_json()}
-    if any(tensor.device_ok for tensor in spec.inputs) and on_gpu:
+    if any(tensor.device_ok for tensor in spec.inputs) and on_gpu and settings.mm_feature_transport != "cpu":
         # without it Triton copies what another model left on the GPU to the host first
         parameters["FORCE_CPU_ONLY_INPUT_TENSORS"] = "no"
     count = settings.preprocess_instances if spec.name == "preprocess" else 1

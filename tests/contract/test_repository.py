@@ -82,6 +82,8 @@ def test_stages_run_where_they_should(tmp_path: Path, model: str) -> None:
     assert "FORCE_CPU_ONLY_INPUT_TENSORS" not in cpu.parameters
     takes_gpu = any(tensor.device_ok for tensor in spec.inputs)
     assert ("FORCE_CPU_ONLY_INPUT_TENSORS" in gpu.parameters) == takes_gpu
+    write(tmp_path / "host", Settings(mm_feature_transport="cpu"), embedding_dtype="BF16", gpu_ids=(2,))
+    assert "FORCE_CPU_ONLY_INPUT_TENSORS" not in parse(tmp_path / "host", model).parameters
 
 
 def test_encoders_run_on_every_gpu_and_the_language_model_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from triptych.python_models.encoder.cache import EmbeddingCache
@@ -72,3 +73,27 @@ def test_clear() -> None:
     cache.put("a", rows(1))
     cache.clear()
     assert (len(cache), cache.used_bytes) == (0, 0)
+
+
+def test_entries_may_be_kept_elsewhere() -> None:
+    """Here they lose their values, since what is kept is where no memory is."""
+    cache = EmbeddingCache(10 * ROW, "meta")
+    cache.put("a", rows(2, 7.0))
+    ((kept, home),) = cache._entries.values()
+    assert isinstance(kept, torch.Tensor)
+    assert (kept.device.type, home.type, cache.used_bytes) == ("meta", "cpu", 2 * ROW)
+
+
+@pytest.mark.gpu
+def test_host_memory_for_rows_of_a_gpu() -> None:
+    cache = EmbeddingCache(64 * 2**20, "cpu")
+    before = torch.cuda.memory_allocated()
+    given = torch.randn(2**20, device="cuda")
+    expected = given.cpu()
+    cache.put("a", given)
+    del given
+    assert torch.cuda.memory_allocated() == before
+    found = cache.get("a")
+    assert isinstance(found, torch.Tensor)
+    assert found.is_cuda
+    assert torch.equal(found.cpu(), expected)

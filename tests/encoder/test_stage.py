@@ -412,3 +412,42 @@ def test_embeddings_stay_on_the_gpu(tiny_checkpoint: Callable[[str], Path]) -> N
         torch.testing.assert_close(rows.float().cpu(), expected[0], atol=0.1, rtol=0.1)
     finally:
         stage.close()
+
+
+def test_without_media_no_encoder_is_loaded(tiny_checkpoint: Callable[[str], Path]) -> None:
+    settings = Settings(model=str(tiny_checkpoint("qwen2_5_vl")), enable_multimodal="off")
+    stage = VisionEncoderStage(settings, Recorder(), "cpu")
+    try:
+        assert stage._encoder is None
+    finally:
+        stage.close()
+
+
+def test_cuda_ipc_needs_a_gpu() -> None:
+    with pytest.raises(TriptychError, match="needs a GPU") as caught:
+        Setup(mm_feature_transport="cuda_ipc")
+    assert caught.value.param == "settings.mm_feature_transport"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("transport", "kind"), [("auto", "cuda"), ("cuda_ipc", "cuda"), ("cpu", "cpu")])
+@pytest.mark.parametrize("on_device", [True, False])
+def test_transport_of_embeddings(transport: str, kind: str, on_device: bool) -> None:
+    class OnGpu(FakeEncoder):
+        def encode(self, items: Sequence[EncoderItem]) -> list[torch.Tensor]:
+            return [rows.cuda() for rows in super().encode(items)]
+
+    settings = Settings(mm_feature_transport=transport, keep_mm_feature_on_device=on_device)
+    stage = VisionEncoderStage(settings, Recorder(), "cuda:0", OnGpu())
+    try:
+        for _ in range(2):
+            answer = Answer()
+            item = EncoderItem("image", "a", 2, {"x": np.zeros(1, np.float32)})
+            stage.submit("1", {"vision_features": pack([item])}, answer)
+            assert answer.rows().device.type == kind
+            assert answer.rows()[:, 0].tolist() == [value("a")] * 2
+        ((kept, _),) = stage._cache._entries.values()
+        assert isinstance(kept, torch.Tensor)
+        assert kept.device.type == ("cuda" if on_device else "cpu")
+    finally:
+        stage.close()

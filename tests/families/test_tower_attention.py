@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.features import EncoderItem
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.families import tower_attention
@@ -68,3 +69,34 @@ def test_audio_rows_are_the_same(tiny_checkpoint, name, counts):
     use_packed_attention(encoder.base.audio_tower)
     for found, wanted in zip(encoder.encode(items), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_backend_that_is_asked_for(tiny_checkpoint, monkeypatch):
+    calls = []
+    attend = tower_attention.packed_attention
+    monkeypatch.setattr(tower_attention, "packed_attention", lambda *a, **k: calls.append(1) or attend(*a, **k))
+
+    def rows(backend):
+        settings = Settings(model=str(tiny_checkpoint("qwen2_5_vl")), mm_attention_backend=backend)
+        calls.clear()
+        (found,) = load_family(settings).load_encoder("vision", "cpu", torch.float32).encode([picture((1, 8, 8))])
+        return found, len(calls)
+
+    usual, without = rows("sdpa")
+    packed, count = rows("triton")
+    assert (without, rows("auto")[1], count) == (0, 0, 2)
+    torch.testing.assert_close(packed, usual, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "why"),
+    [
+        ("gemma3", "triton", "gemma3 do not pack"),
+        ("qwen2_5_vl", "flash_attn", "needs a GPU"),
+    ],
+)
+def test_backends_that_cannot_be(tiny_checkpoint, name, backend, why):
+    settings = Settings(model=str(tiny_checkpoint(name)), mm_attention_backend=backend)
+    with pytest.raises(TriptychError, match=why) as caught:
+        load_family(settings).load_encoder("vision", "cpu", torch.float32)
+    assert caught.value.param == "settings.mm_attention_backend"

@@ -58,6 +58,38 @@ def test_options_become_settings(tmp_path: Path) -> None:
     assert settings_of(serve_args("--model-path", "org/name")).model == "org/name"
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [([], "auto"), (["--enable-multimodal"], "on"), (["--enable-multimodal", "off", "--tp", "1"], "off")],
+)
+def test_enable_multimodal_with_and_without_a_value(args: list[str], expected: str) -> None:
+    assert settings_of(serve_args(*args)).enable_multimodal == expected
+
+
+def test_a_chat_template_file_is_named_by_its_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    monkeypatch.chdir(tmp_path)
+    assert settings_of(serve_args("--chat-template", "mine.jinja")).chat_template == str(tmp_path / "mine.jinja")
+    with pytest.raises(CommandError, match=r"no chat template 'other\.jinja'"):
+        settings_of(serve_args("--chat-template", "other.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--limit-mm-data-per-request", '{"images": 1}'], "--limit-mm-data-per-request.images.*'image'"),
+        (["--limit-mm-data-per-request", '{"image": -1}'], "at least 0"),
+        (["--mm-process-config", "{"], "--mm-process-config is not JSON"),
+        (["--mm-attention-backend", "fa3"], "auto, sdpa, triton, flash_attn"),
+        (["--mm-feature-transport", "nvlink"], "auto, cuda_ipc, cpu"),
+        (["--enable-multimodal", "yes"], "auto, on, off"),
+    ],
+)
+def test_wrong_media_options_are_refused(args: list[str], words: str) -> None:
+    with pytest.raises(CommandError, match=words):
+        settings_of(serve_args(*args))
+
+
 def test_the_served_name_is_the_model_as_given() -> None:
     assert served_name(serve_args()) == "triptych-builtin"
     assert served_name(serve_args("org/name")) == "org/name"

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from PIL import Image as PILImage
 
-from triptych.python_models.contract.errors import ErrorKind
+from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.features import unpack
 from triptych.python_models.contract.plan import Plan
 from triptych.python_models.contract.request import Message, TemplateInputs
@@ -330,6 +330,57 @@ def test_deadline(make: Callable[..., Any], web: Any) -> None:
     running.check_healthy()
     assert stuck.count == 1
     assert running.counted("triptych_requests_total", "timeout") == 3
+
+
+def test_deadline_ends_the_work_and_frees_its_memory(make: Callable[..., Any], web: Any) -> None:
+    running = make(mm_per_request_timeout=0.5)
+    kept: list[weakref.ref[Any]] = []
+    prepare = running.letters.prepare
+
+    def keep(messages: Sequence[Message], media: Sequence[Medium], template: TemplateInputs) -> Prepared:
+        kept.extend(weakref.ref(medium.data) for medium in media)
+        return prepare(messages, media)
+
+    running.letters.prepare = keep  # type: ignore[method-assign]
+    running.letters.gate.clear()
+    error = running.start([blob("image")], png((500, 500))).error
+    assert (error.kind, error.kind.status) == (ErrorKind.TIMEOUT, 504)
+    assert running.stage._loader._held == 0
+    # a fetch that hangs is given up, not waited for
+    assert running.start([url("image", web.stall("/slow"))]).error.kind is ErrorKind.TIMEOUT
+    web.release.set()
+    until(lambda: web.open_now == 0)
+    assert running.counted("triptych_requests_running") == running.counted("triptych_requests_waiting") == 0
+    running.letters.gate.set()
+
+    def freed() -> bool:
+        running.letters.seen.clear()
+        gc.collect()
+        return kept[0]() is None
+
+    until(freed)
+    running.check_healthy()
+
+
+def test_limits_of_each_kind(make: Callable[..., Any]) -> None:
+    running = make(("image", "audio"), limit_mm_data_per_request='{"image": 2, "audio": 0}')
+    assert running.start([blob("image"), blob("image", 1)], png(), png(colour=(4, 5, 6))).ok
+    error = running.start([blob("image")] * 3, png()).error
+    assert (error.kind, error.param) == (ErrorKind.INVALID_REQUEST, "messages")
+    assert "has 3 media of type image; at most 2 are allowed (limit_mm_data_per_request)" in error.message
+    assert "at most 0" in running.start([blob("audio")], b"x").error.message
+
+
+def test_media_are_refused_where_they_are_off(make: Callable[..., Any]) -> None:
+    running = make(enable_multimodal="off")
+    error = running.start([blob("image")], png()).error
+    assert (error.kind, error.param) == (ErrorKind.UNSUPPORTED, "messages[0].content[0]")
+    assert "enable_multimodal is off" in error.message
+    assert running.start("text").ok
+    assert not list(running.workers)
+    with pytest.raises(TriptychError, match="takes text alone") as caught:
+        make((), enable_multimodal="on")
+    assert caught.value.param == "settings.enable_multimodal"
 
 
 def test_deadline_kills_a_stuck_decoder(make: Callable[..., Any], make_clip: Make) -> None:
