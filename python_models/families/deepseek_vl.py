@@ -17,6 +17,7 @@ from ..contract.settings import Settings
 from ..media.types import Image, Medium
 from .checkpoint import Checkpoint
 from .pixels import RAW, check_bytes, normalisation
+from .squares import SquarePictures, square_features, square_of
 from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
 
 
@@ -28,6 +29,8 @@ class SquarePreprocessor(TransformersPreprocessor):
         check_bytes(self.processor.image_processor)
         self._mean, self._std = normalisation(self.processor.image_processor, "image")
         self._rows = int(self.processor.num_image_tokens)
+        if settings.gpu_preprocessing == "on":
+            self.processor.image_processor = SquarePictures.before(self.processor.image_processor)
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
         """Pixels stay uint8."""
@@ -37,9 +40,11 @@ class SquarePreprocessor(TransformersPreprocessor):
     def split_features(
         self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
     ) -> dict[str, list[Tensors]]:
-        """Per picture: ``pixels`` uint8 [channels, side, side], ``mean``, ``std``."""
-        squares = batch["pixel_values"]
-        return {"image": [{"pixels": square.numpy(), "mean": self._mean, "std": self._std} for square in squares]}
+        """Per picture: ``pixels`` uint8 [channels, side, side], ``mean``, ``std``.
+
+        A picture that the encoder resizes has the tensors of :meth:`.squares.SquarePictures.tensors` for its pixels.
+        """
+        return {"image": square_features(batch["pixel_values"], media["image"], self.processor, self._mean, self._std)}
 
     def num_rows(self, modality: str, tensors: Tensors) -> int:
         """The same for every picture."""
@@ -56,11 +61,13 @@ class SquareEncoder(TransformersEncoder):
 
     def _pixels(self, item: EncoderItem) -> torch.Tensor:
         """[1, channels, side, side] in the tower's dtype."""
-        return self.normalised(item, "pixels", "mean", "std")[None]
+        return self._normalise(item, square_of(item, self.to_device), "mean", "std")[None]
 
     def normalised(self, item: EncoderItem, pixels: str, mean: str, std: str) -> torch.Tensor:
         """A tensor of an item, uint8 [..., channels, height, width], in the tower's dtype."""
-        square = self.to_device(item.tensors[pixels])
+        return self._normalise(item, self.to_device(item.tensors[pixels]), mean, std)
+
+    def _normalise(self, item: EncoderItem, square: torch.Tensor, mean: str, std: str) -> torch.Tensor:
         # to the kernel a picture is one patch of one frame
         patches = square.reshape(-1, square.shape[-3], 1, square.shape[-2] * square.shape[-1])
         values, deviations = self.to_device(item.tensors[mean]), self.to_device(item.tensors[std])

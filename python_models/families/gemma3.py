@@ -18,8 +18,18 @@ from ..contract.settings import Settings
 from ..media.types import Image, Medium
 from .checkpoint import Checkpoint
 from .pixels import RAW, check_bytes, normalisation
+from .squares import SquarePictures, square_features, square_of
 from .text_only import TextPreprocessor
 from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+
+_SETTLED = (
+    "do_convert_rgb",
+    "do_pan_and_scan",
+    "pan_and_scan_min_crop_size",
+    "pan_and_scan_max_num_crops",
+    "pan_and_scan_min_ratio_to_activate",
+)
+"""What Gemma3Processor tells its image processor in every call."""
 
 
 class Gemma3Preprocessor(TransformersPreprocessor):
@@ -37,6 +47,8 @@ class Gemma3Preprocessor(TransformersPreprocessor):
             )
         check_bytes(processor)
         self._mean, self._std = normalisation(processor, "image")
+        if settings.gpu_preprocessing == "on":
+            self.processor.image_processor = SquarePictures.before(processor, _SETTLED)
         self._rows = int(self.processor.image_seq_length)
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
@@ -47,9 +59,11 @@ class Gemma3Preprocessor(TransformersPreprocessor):
     def split_features(
         self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
     ) -> dict[str, list[Tensors]]:
-        """Per picture: ``pixels`` uint8 [channels, side, side], ``mean``, ``std``."""
-        pixels = batch["pixel_values"]
-        return {"image": [{"pixels": square.numpy(), "mean": self._mean, "std": self._std} for square in pixels]}
+        """Per picture: ``pixels`` uint8 [channels, side, side], ``mean``, ``std``.
+
+        A picture that the encoder resizes has the tensors of :meth:`.squares.SquarePictures.tensors` for its pixels.
+        """
+        return {"image": square_features(batch["pixel_values"], media["image"], self.processor, self._mean, self._std)}
 
     def num_rows(self, modality: str, tensors: Tensors) -> int:
         """The same for every picture."""
@@ -69,7 +83,7 @@ class Gemma3VisionEncoder(TransformersEncoder):
 
     def _pixels(self, item: EncoderItem) -> torch.Tensor:
         """[1, channels, side, side] in the tower's dtype."""
-        square = self.to_device(item.tensors["pixels"])
+        square = square_of(item, self.to_device)
         mean, std = self.to_device(item.tensors["mean"]), self.to_device(item.tensors["std"])
         # to the kernel the picture is one patch of one frame
         return normalise_patches(square.flatten(1)[None, :, None], mean, std, 1, self.dtype).view(1, *square.shape)

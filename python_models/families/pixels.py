@@ -16,6 +16,9 @@ from torch.nn.functional import interpolate
 from ...kernels.image import normalise_patchify
 from ..contract.errors import ErrorKind, TriptychError
 
+_MOST = 2.0
+"""Pixels of a picture as it came for each that is left after resizing, where the encoder resizes."""
+
 RAW = {"do_rescale": False, "do_normalize": False}
 """Options of an image or video processor that leave pixels as they are."""
 
@@ -68,13 +71,13 @@ def take_pictures_in_place(processor: Any) -> bool:
             return torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return own.process_image(self, image, *arguments, **options)
 
-    probes = [_probe(*size) for size in ((64, 64), (300, 75), (75, 300), (1100, 900))]
+    pictures = [probe(*size) for size in ((64, 64), (300, 75), (75, 300), (1100, 900))]
 
     def results() -> list[dict[str, Any]]:
-        return [dict(processor([probe], return_tensors="pt", **RAW)) for probe in probes]
+        return [dict(processor([picture], return_tensors="pt", **RAW)) for picture in pictures]
 
     expected = results()
-    if not isinstance(processor.process_image(probes[0]), torch.Tensor):
+    if not isinstance(processor.process_image(pictures[0]), torch.Tensor):
         return False
     _derive(processor, process_image=process_image)
     try:
@@ -82,7 +85,7 @@ def take_pictures_in_place(processor: Any) -> bool:
     except (RuntimeError, ValueError, TypeError):
         processor.__class__ = own
         return False
-    if all(_equal(one, other) for one, other in zip(found, expected, strict=True)):
+    if all(equal(one, other) for one, other in zip(found, expected, strict=True)):
         return True
     processor.__class__ = own
     return False
@@ -101,9 +104,9 @@ def keep_pictures_whole(processor: Any) -> bool:
     if not hasattr(own, "patchify"):
         return False
     side = 2 * processor.patch_size * processor.merge_size
-    probe = _probe(side, 2 * side)
+    picture = probe(side, 2 * side)
     options = {"return_tensors": "pt", "do_resize": False, **RAW}
-    expected = processor(probe, **options)["pixel_values"]
+    expected = processor(picture, **options)["pixel_values"]
 
     def whole(self: Any, images: torch.Tensor, patch_size: int, *_: Any, **__: Any) -> tuple[torch.Tensor, int, int]:
         grid_h, grid_w = images.shape[-2] // patch_size, images.shape[-1] // patch_size
@@ -111,7 +114,7 @@ def keep_pictures_whole(processor: Any) -> bool:
         return images.permute(0, 2, 3, 1).reshape(len(images), grid_h * grid_w, -1), grid_h, grid_w
 
     _derive(processor, patchify=whole)
-    found = processor(probe, **options)["pixel_values"].reshape(2 * side, side, 3)
+    found = processor(picture, **options)["pixel_values"].reshape(2 * side, side, 3)
     ones = torch.ones(3)
     cut = normalise_patchify(
         found,
@@ -133,9 +136,6 @@ class PictureSizes:
 
     What is far larger than the tower will see it goes through the processor itself, as do other calls.
     """
-
-    _MOST = 2.0
-    """Pixels of a picture as it came for each that is left after resizing."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -170,19 +170,26 @@ class PictureSizes:
                 min_pixels=own.size["shortest_edge"],
                 max_pixels=own.size["longest_edge"],
             )
-            if image.height * image.width > self._MOST * height * width:
+            if not small_enough(image, height, width):
                 return dict(own(images, **options))
             grids.append([1, height // own.patch_size, width // own.patch_size])
         return {"pixel_values": torch.empty(0, dtype=torch.uint8), "image_grid_thw": torch.tensor(grids)}
 
 
-def resized(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """A picture of another size by bicubic interpolation with antialiasing, as torchvision resizes on a GPU.
+def small_enough(picture: PILImage.Image, height: int, width: int) -> bool:
+    """Whether the encoder should get a picture as it is and resize it: moving far more pixels takes longer."""
+    return picture.height * picture.width <= _MOST * height * width
+
+
+def resized(picture: torch.Tensor, height: int, width: int, mode: str = "bicubic") -> torch.Tensor:
+    """A picture of another size by interpolation with antialiasing, as torchvision resizes on a GPU.
 
     On a CPU torchvision computes in whole numbers: values differ by one step of 255 at most, now and then by two.
 
     Args:
         picture: uint8 [H, W, C].
+        height, width: wanted.
+        mode: "bicubic" or "bilinear".
 
     Returns:
         uint8 [height, width, C], contiguous.
@@ -190,24 +197,26 @@ def resized(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if tuple(picture.shape[:2]) == (height, width):
         return picture
     planes = picture.permute(2, 0, 1)[None].float()
-    out = interpolate(planes, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-    return out[0].round_().clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+    # along rows first, and bytes in between: so the whole numbers do it, and sharp edges would show another order
+    for size in ((picture.shape[0], width), (height, width)):
+        planes = interpolate(planes, size=size, mode=mode, antialias=True, align_corners=False).round_().clamp_(0, 255)
+    return planes[0].to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
-def _probe(width: int, height: int) -> PILImage.Image:
+def probe(width: int, height: int) -> PILImage.Image:
     """A picture of noise, always the same."""
     pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return PILImage.fromarray(pixels.numpy())
 
 
-def _equal(one: Any, other: Any) -> bool:
+def equal(one: Any, other: Any) -> bool:
     """Whether results of a processor are the same."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, Mapping):
-        return set(one) == set(other) and all(_equal(value, other[name]) for name, value in one.items())
+        return set(one) == set(other) and all(equal(value, other[name]) for name, value in one.items())
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
     return bool(one == other)
 
 
