@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from .quantisation import Quantisation
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DTYPES = ("float32", "bfloat16", "float16")
+_STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Where the part that describes the language model may be.
+_PARTS = ("thinker_config", "text_config", "language_config", "llm_config", "llm_cfg")
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,11 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """Name of the dtype the weights were saved for; "float32" where config.json does not say."""
-        parts = ("thinker_config", "text_config", "language_config", "llm_config", "llm_cfg")
-        for config in (self.config, *(self.config.get(part) for part in parts)):
-            if isinstance(config, dict) and (name := config.get("dtype") or config.get("torch_dtype")) in DTYPES:
-                return str(name)
-        return "float32"
+        """Name of the dtype the weights were saved for: what config.json says of the whole, else of a part.
+
+        Where it says nothing, that of most of the stored numbers; "float32" where they are of no such dtype.
+        """
+        return _declared_dtype(self.config) or _stored_dtype(self.folder) or "float32"
 
     def dtype_for(self, settings: Settings, *, gpu: bool) -> str:
         """Name of the dtype a stage computes in: the one asked for, else the checkpoint's on GPU, float32 on CPU.
@@ -63,6 +67,32 @@ class Checkpoint:
                 "settings.dtype",
             )
         return settings.dtype
+
+
+def _declared_dtype(config: dict[str, Any]) -> str:
+    for key in ("dtype", "torch_dtype"):
+        if (name := str(config.get(key)).removeprefix("torch.")) in DTYPES:
+            return name
+    parts = (config.get(part) for part in _PARTS)
+    return next((found for part in parts if isinstance(part, dict) and (found := _declared_dtype(part))), "")
+
+
+def _stored_dtype(folder: Path) -> str:
+    """From the header of the first file of safetensors: its length in 8 bytes, then JSON."""
+    path = min(folder.glob("*.safetensors"), default=None)
+    if path is None:
+        return ""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        counts: Counter[str] = Counter()
+        for entry in header.values():
+            if (name := _STORED.get(entry.get("dtype", ""))) is not None:
+                counts[name] += prod(entry["shape"])
+    except (OSError, ValueError, MemoryError, OverflowError, AttributeError, KeyError):
+        # whoever loads the weights says what is wrong with the file
+        return ""
+    return max(counts, key=lambda name: counts[name], default="")
 
 
 def find_checkpoint(settings: Settings) -> Checkpoint:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from triptych.python_models.builtin import checkpoint as builtin_checkpoint
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
@@ -40,11 +42,27 @@ def test_folder(tmp_path: Path) -> None:
         ({"torch_dtype": "float16"}, "float16"),
         ({"text_config": {"dtype": "bfloat16"}}, "bfloat16"),
         ({"thinker_config": {"torch_dtype": "bfloat16"}}, "bfloat16"),
+        ({"thinker_config": {"text_config": {"dtype": "float16"}}}, "float16"),
+        ({"dtype": "auto", "llm_config": {"torch_dtype": "torch.bfloat16"}}, "bfloat16"),
+        ({"dtype": None, "vision_config": {"dtype": "float16"}}, "float32"),
         ({}, "float32"),
     ],
 )
 def test_dtype_of_a_checkpoint(config: dict[str, Any], name: str, tmp_path: Path) -> None:
     assert find_checkpoint(Settings(model=str(write_config(tmp_path, config)))).dtype == name
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_dtype_of_the_stored_weights_where_nothing_else_says(name: str, tmp_path: Path) -> None:
+    weights = {"a": torch.zeros(9, 9, dtype=getattr(torch, name)), "b": torch.zeros(9), "c": torch.zeros(99).int()}
+    save_file(weights, write_config(tmp_path, {}) / "model.safetensors", {"format": "pt"})
+    assert find_checkpoint(Settings(model=str(tmp_path))).dtype == name
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 20, (2).to_bytes(8, "little") + b"[]"])
+def test_dtype_of_broken_files(data: bytes, tmp_path: Path) -> None:
+    (write_config(tmp_path, {}) / "model.safetensors").write_bytes(data)
+    assert find_checkpoint(Settings(model=str(tmp_path))).dtype == "float32"
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
