@@ -55,6 +55,11 @@ def ask_http(url: str, text: str, picture: bytes | None, answer: int) -> tuple[f
     if picture:
         data = base64.b64encode(picture).decode()
         content.insert(0, {"type": "image_url", "image_url": {"url": f"data:image/bmp;base64,{data}"}})
+    return ask_content(url, content, answer)
+
+
+def ask_content(url: str, content: list[dict[str, Any]], answer: int) -> tuple[float, int]:
+    """The same for any content of a message."""
     body = json.dumps(
         {
             "model": "default",

@@ -62,7 +62,9 @@ def write(shape: str, folder: Path, layers: int | None = None) -> None:
     config = _merged(_read(folder / "config.json"), published.config)
     _set_dtype(config)
     if layers:
-        _shorten(_text_of(config), layers)
+        # each of the first layers takes rows of a layer of the tower
+        deep = len(config.get("vision_config", {}).get("deepstack_visual_indexes", ()))
+        _shorten(_text_of(config), max(layers, deep))
     _write(folder / "config.json", config)
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import psutil
@@ -33,17 +34,25 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(model: str, *options: str) -> Iterator[tuple[str, psutil.Process, float]]:
-    """``triptych serve``: yields (url, process, seconds from start to ready)."""
+def server(
+    model: str, *options: str, timeout_s: float = math.inf, errors: IO[str] | None = None
+) -> Iterator[tuple[str, psutil.Process, float]]:
+    """``triptych serve``: yields (url, process, seconds from start to ready).
+
+    Raises:
+        SystemExit: it ends, or is not ready after ``timeout_s``; what it says of that goes to ``errors``.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [str(Path(sys.executable).with_name("triptych")), "serve", model, "--port", str(port), *options]
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
     try:
         while True:
             if process.poll() is not None:
                 raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+            if time.perf_counter() - start > timeout_s:
+                raise SystemExit(f"{' '.join(command)} was not ready after {timeout_s:g} s")
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"{url}/health").status_code == 200:
                     break
