@@ -8,6 +8,7 @@ second: many small increments become one call to the server, and no count is eve
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import triton_python_backend_utils as pb_utils
 from triptych.python_models.contract.metrics import METRICS
 
 HEARTBEAT = "triptych_heartbeat_timestamp_seconds"
+GPU_MEMORY = "triptych_gpu_memory_bytes"
 FLUSH_S = 0.1
 HEARTBEAT_S = 1.0
 MAX_OBSERVATIONS = 100_000
@@ -110,6 +112,8 @@ class MetricsThread:
                 heartbeat = time.monotonic() + HEARTBEAT_S
                 if self._beats:
                     self.set(HEARTBEAT, time.time())
+                if (used := _gpu_memory()) is not None:
+                    self.set(GPU_MEMORY, used)
                 self._on_heartbeat()
             self._flush()
             if stopping:
@@ -154,3 +158,11 @@ class MetricsThread:
         if spec.buckets:
             arguments["buckets"] = list(spec.buckets)
         return self._families[name].Metric(**arguments)
+
+
+def _gpu_memory() -> int | None:
+    """Bytes that this process holds on its GPUs for tensors; None where it has not begun to use one."""
+    cuda: Any = getattr(sys.modules.get("torch"), "cuda", None)
+    if not getattr(cuda, "is_initialized", bool)():
+        return None
+    return sum(int(cuda.memory_reserved(device)) for device in range(cuda.device_count()))

@@ -52,6 +52,7 @@ METRICS = {
         MetricSpec("triptych_grammar_compile_seconds", "histogram", "Compiling the grammar of a request", (), SECONDS),
         MetricSpec("triptych_preemptions_total", "counter", "Requests whose KV blocks were taken back"),
         MetricSpec("triptych_kv_cache_usage_ratio", "gauge", "Share of KV blocks in use"),
+        MetricSpec("triptych_gpu_memory_bytes", "gauge", "GPU memory that a stage's process holds for its tensors"),
         MetricSpec("triptych_heartbeat_timestamp_seconds", "gauge", "Unix time of a stage's last sign of life"),
     )
 }
