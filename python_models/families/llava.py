@@ -18,7 +18,7 @@ from ..contract.features import EncoderItem
 from ..contract.settings import Settings
 from .checkpoint import Checkpoint
 from .itemwise import ItemwisePreprocessor
-from .pixels import check_bytes, normalisation
+from .pixels import check_bytes, normalisation, take_videos_in_place
 from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -30,6 +30,8 @@ class LlavaPreprocessor(ItemwisePreprocessor):
     def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
         super().__init__(checkpoint, settings, model, encoders)
         check_bytes(self.processor.image_processor)
+        if "video" in encoders:
+            take_videos_in_place(self.processor.video_processor)
         processors = {
             "image": self.processor.image_processor,
             "video": getattr(self.processor, "video_processor", None),

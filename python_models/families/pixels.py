@@ -91,6 +91,37 @@ def take_pictures_in_place(processor: Any) -> bool:
     return False
 
 
+def take_videos_in_place(processor: Any) -> bool:
+    """The same for frames, uint8 [frames, height, width, channels] in an array, of a video processor."""
+    own = type(processor)
+    if not hasattr(own, "_prepare_input_videos"):
+        return False
+
+    def prepare(self: Any, videos: Any, **options: Any) -> Any:
+        plain = options.get("device") is None and options.get("input_data_format") == "channels_last"
+        if plain and all(isinstance(v, np.ndarray) and v.dtype == np.uint8 and v.shape[3:] == (3,) for v in videos):
+            return [torch.from_numpy(video).permute(0, 3, 1, 2) for video in videos]
+        return own._prepare_input_videos(self, videos=videos, **options)
+
+    clips = [np.stack([np.array(probe(*size))] * 4) for size in ((64, 64), (300, 75), (640, 480))]
+    options = {"return_tensors": "pt", "do_sample_frames": False, "input_data_format": "channels_last", **RAW}
+
+    def results() -> list[dict[str, Any]]:
+        return [dict(processor([clip], **options)) for clip in clips]
+
+    expected = results()
+    _derive(processor, _prepare_input_videos=prepare)
+    try:
+        found = results()
+    except (RuntimeError, ValueError, TypeError):
+        processor.__class__ = own
+        return False
+    if all(equal(one, other) for one, other in zip(found, expected, strict=True)):
+        return True
+    processor.__class__ = own
+    return False
+
+
 def keep_pictures_whole(processor: Any) -> bool:
     """Have an image processor of the Qwen-VL line give whole pictures where it would cut patches, if it can be done.
 

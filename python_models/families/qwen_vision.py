@@ -18,7 +18,7 @@ from ..contract.features import EncoderItem
 from ..contract.settings import Settings
 from ..media.types import Image, Medium, Video
 from .checkpoint import Checkpoint
-from .pixels import RAW, PictureSizes, check_bytes, keep_pictures_whole, normalisation, resized
+from .pixels import RAW, PictureSizes, check_bytes, keep_pictures_whole, normalisation, resized, take_videos_in_place
 from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
 
 _NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -32,6 +32,8 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
         self._processors = {m: getattr(self.processor, f"{m}_processor") for m in _NAMES if m in encoders}
         self._normalisation = {m: normalisation(p, m) for m, p in self._processors.items()}
         check_bytes(self.processor.image_processor)
+        if "video" in encoders:
+            take_videos_in_place(self.processor.video_processor)
         self._whole = keep_pictures_whole(self.processor.image_processor)
         if settings.gpu_preprocessing == "on" and self._whole and PictureSizes.fits(self.processor.image_processor):
             self.processor.image_processor = PictureSizes(self.processor.image_processor)

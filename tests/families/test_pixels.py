@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image as PILImage
 
 from triptych.python_models.contract.request import MediaPart, Message, TextPart
@@ -73,6 +74,19 @@ def test_squares_by_the_encoder(
     # one that is far larger goes through the processor, and those beside it
     (large, _) = prepared(early, (400, 300), (32, 32)).features["vision"]
     assert "picture" not in large.tensors
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava_onevision", "internvl"])
+def test_frames_taken_in_place_give_the_same(name: str, tiny_checkpoint: Callable[[str], Path]) -> None:
+    folder = tiny_checkpoint(name)
+    own = load_family(Settings(model=str(folder))).load_preprocessor().processor.video_processor
+    plain = transformers.AutoVideoProcessor.from_pretrained(folder)
+    assert type(own) is not type(plain), "it was left as it was"
+    frames = np.random.default_rng(0).integers(0, 256, (4, 90, 130, 3), dtype=np.uint8)
+    options = {"do_sample_frames": False, "input_data_format": "channels_last", "return_tensors": "pt"}
+    found, expected = own([frames], **options), plain([frames], **options)
+    for key, value in expected.items():
+        assert torch.equal(found[key], value)
 
 
 def test_more_than_a_square_stays_with_the_processor(tiny_checkpoint: Callable[[str], Path]) -> None:
