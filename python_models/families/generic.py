@@ -44,6 +44,9 @@ _AUTO = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelFo
 class GenericPreprocessor(TransformersPreprocessor):
     """Any processor whose placeholder tokens are those of the configuration."""
 
+    # it may ask where in the text a token is
+    shortens_runs = False
+
     def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
         self._lock = threading.Lock()
         super().__init__(checkpoint, settings, model, encoders)

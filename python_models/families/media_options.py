@@ -100,6 +100,6 @@ def fit(processor: Any, picture: PILImage.Image, least: int | None, most: int | 
 
     # its own method would apply the rule with its own bounds
     planes = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    size = SizeDict(height=height, width=width)
-    resized = TorchvisionBackend.resize(processor, planes, size, resample=processor.resample)
+    sides = SizeDict(height=height, width=width)
+    resized = TorchvisionBackend.resize(processor, planes, sides, resample=processor.resample)
     return PILImage.fromarray(resized.permute(1, 2, 0).contiguous().numpy())

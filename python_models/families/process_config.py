@@ -87,7 +87,7 @@ class ProcessConfig:
                 continue
             if modality not in modalities:
                 raise replace(refuse_modality(f"{_WHERE}.{modality}", modality, name, modalities), param=_WHERE)
-            part = getattr(processor, PARTS[modality], None)
+            part: Any = getattr(processor, PARTS[modality], None)
             changes: dict[str, Any] = {}
             for option, value in options.items():
                 where = f"{_WHERE}.{modality}.{option}"

@@ -49,6 +49,8 @@ class TransformersPreprocessor(ABC):
 
     default_sampling: ClassVar[FrameSampling] = FrameSampling()
     """Of videos, where the checkpoint's processor does not say."""
+    shortens_runs: ClassVar[bool] = True
+    """Runs of placeholders are tokenised as one: the processor asks nothing of its tokenizer but ids."""
     cuts_tiles = False
     """Callers may say how many tiles a picture is cut into (see ``MediaOptions``)."""
     control_tokens: ClassVar[frozenset[str]] = frozenset()
@@ -82,7 +84,8 @@ class TransformersPreprocessor(ABC):
         self.context_length = context_length(self.config)
         self._max_pixels = settings.max_image_pixels
         self._tokens = {modality: self.token_id(modality) for modality in encoders}
-        shorten_runs(self.processor.tokenizer, list(self._tokens.values()))
+        if self.shortens_runs:
+            shorten_runs(self.processor.tokenizer, list(self._tokens.values()))
         self._fingerprints = {m: self._fingerprint(m) + self.process.key(m) for m in encoders}
         can_prune = "video" in encoders and not hasattr(self.base, "get_rope_index")
         can_prune = can_prune and type(self).video_grid is not TransformersPreprocessor.video_grid

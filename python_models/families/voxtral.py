@@ -86,7 +86,10 @@ class VoxtralPreprocessor(TransformersPreprocessor):
         # the projector takes rows of the tower in groups
         rows = int(audio.max_source_positions) * int(audio.hidden_size) // int(audio.intermediate_size)
         self.processor.rows_of_piece = rows
-        self.processor.audio_token = self.processor.tokenizer.convert_ids_to_tokens(self.token_id("audio"))
+        self.processor.audio_token = self._placeholder("audio")
+
+    def _placeholder(self, modality: str) -> str:
+        return str(self.processor.tokenizer.convert_ids_to_tokens(self.token_id(modality)))
 
     def check_medium(self, medium: Medium) -> None:
         """Refuse an empty sound."""

@@ -21,7 +21,7 @@ from triptych.python_models.families import templates
 from triptych.python_models.families.base import Prepared
 from triptych.python_models.families.registry import load_family
 from triptych.python_models.local import LocalEnsemble
-from triptych.python_models.media.types import Image, Medium
+from triptych.python_models.media.types import Audio, Image, Medium
 
 Tiny = Callable[[str], Path]
 TEXT_ALONE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] + '' }}\n{% endfor %}>"
@@ -69,6 +69,15 @@ def test_media_are_written_as_the_family_does(tiny_checkpoint: Tiny, name: str) 
     _, own = prepare(folder, "", "one ", "two ", "three")
     assert [item.num_rows for item in prepared.items] == [item.num_rows for item in own.items]
     assert [item.digest for item in prepared.items] == [item.digest for item in own.items]
+
+
+def test_sounds_of_a_family_with_a_processor_of_its_own(tiny_checkpoint: Tiny) -> None:
+    def prepared(template: str) -> Any:
+        preprocessor: Any = load_family(settings_for(tiny_checkpoint("voxtral"), template)).load_preprocessor()
+        sound = Medium("audio", Audio(np.full(8000, 0.1, np.float32), 16000), "x", "messages[0]")
+        return preprocessor.prepare([Message("user", (MediaPart("audio", blob=0), TextPart("a")))], [sound])
+
+    assert prepared("vicuna_v1.1").items[0].num_rows == prepared("").items[0].num_rows > 0
 
 
 def test_the_familys_template_by_name_is_left_alone(tiny_checkpoint: Tiny) -> None:
