@@ -17,7 +17,8 @@ from ..contract.settings import Settings
 from ..media.types import Medium
 from .ernie4_5_vl import Ernie45VLMoe, Ernie45VLPreprocessor
 from .loading import model_class
-from .transformers_family import TransformersPreprocessor, load_auto
+from .reading import load_auto
+from .transformers_family import TransformersPreprocessor
 
 FONT = "Roboto-Regular.ttf"
 _MARKS = {

@@ -22,8 +22,9 @@ from .checkpoint import Checkpoint
 from .composite import required, text_config
 from .internvl import InternVL, InternVLPreprocessor
 from .loading import model_class
+from .reading import load_auto
 from .templates import TEMPLATES, ChatTemplate
-from .transformers_family import TransformersPreprocessor, load_auto
+from .transformers_family import TransformersPreprocessor
 
 _NAMES = (
     (r"^vision_model\.", "model.vision_tower."),

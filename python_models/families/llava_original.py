@@ -30,12 +30,12 @@ from .llava import Llava, LlavaPreprocessor
 from .llava_next import LlavaNext, LlavaNextPreprocessor, LlavaNextVideo, LlavaNextVideoPreprocessor
 from .llava_onevision import LlavaOnevision, LlavaOnevisionPreprocessor
 from .loading import load_part, model_class
+from .reading import load_auto
 from .templates import TEMPLATES, ChatTemplate
 from .transformers_family import (
     TransformersEncoder,
     TransformersFamily,
     TransformersPreprocessor,
-    load_auto,
 )
 
 _TEXT_MODELS = {"llava_mistral": "mistral", "llava_mixtral": "mixtral", "llava_qwen": "qwen2"}
@@ -178,8 +178,8 @@ class Published:
             raise TriptychError(
                 ErrorKind.MODEL_NOT_FOUND,
                 f"{self.checkpoint.folder} has its vision tower in another repository, {self.tower_name!r} "
-                f"(mm_vision_tower in config.json): {error.message}. Download it elsewhere and let mm_vision_tower name "
-                "its folder",
+                f"(mm_vision_tower in config.json): {error.message}. Download it elsewhere and let mm_vision_tower "
+                "name its folder",
                 "settings.model",
             ) from None
 

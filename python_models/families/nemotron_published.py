@@ -26,7 +26,8 @@ from ..contract.settings import Settings
 from ..media.types import Image, Medium, Video
 from .checkpoint import Checkpoint, find_checkpoint
 from .nemotron import NemotronOmni, NemotronPreprocessor
-from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor, load_auto
+from .reading import load_auto
+from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
 
 _MOST_TILES = 12
 _TOWERS = {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..contract.settings import Settings
 from ..media.types import Medium
-from .transformers_family import Tensors, TransformersPreprocessor, load_auto
+from .reading import load_auto
+from .transformers_family import Tensors, TransformersPreprocessor
 
 
 class TextPreprocessor(TransformersPreprocessor):

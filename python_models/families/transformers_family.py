@@ -7,7 +7,6 @@ The split follows transformers' own: ``get_{image,video,audio}_features`` of the
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import json
 from abc import ABC, abstractmethod
@@ -34,6 +33,7 @@ from .checkpoint import Checkpoint
 from .loading import load_part, meta_model, model_class, outline, warn_of_strangers
 from .process_config import ProcessConfig
 from .prompt import PromptWriter
+from .reading import context_length, eos_token_ids, frame_sampling, load_auto
 from .token_runs import shorten_runs
 from .tower_attention import choose_attention
 from .tower_fusion import fuse_tower
@@ -77,7 +77,7 @@ class TransformersPreprocessor(ABC):
             templates.chosen(settings),
             {modality: self._placeholder(modality) for modality in encoders},
         )
-        self.frame_sampling = _frame_sampling(
+        self.frame_sampling = frame_sampling(
             getattr(self.processor, "video_processor", None), settings, self.default_sampling
         )
         self.sampling_rate = int(getattr(getattr(self.processor, "feature_extractor", None), "sampling_rate", 16000))
@@ -525,7 +525,7 @@ class TransformersFamily(ABC):
             embed=embed,
             config=model.config.get_text_config(),
             tokenizer=tokenizer,
-            eos_token_ids=_eos_token_ids(self.checkpoint.folder, model.config, tokenizer) | ends,
+            eos_token_ids=eos_token_ids(self.checkpoint.folder, model.config, tokenizer) | ends,
             context_length=context_length(model.config),
             num_axes=3 if hasattr(model.base_model, "get_rope_index") else 1,
             bidirectional=self.bidirectional,
@@ -558,84 +558,6 @@ def _tower_rows(item: EncoderItem) -> int:
 
 def _path_of(model: Any, wanted: Any) -> str:
     return next(str(path) for path, module in model.named_modules() if module is wanted)
-
-
-def context_length(config: Any) -> int:
-    """Positions a checkpoint was made for."""
-    return int(config.get_text_config().max_position_embeddings)
-
-
-_FILES = {
-    "tokenizer": ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json"),
-    "processor": ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
-}
-
-
-def load_auto(auto_class: str, what: str, folder: Path, settings: Settings, **options: Any) -> Any:
-    """The checkpoint's processor or tokenizer; code that it brings along runs only where the operator trusts it.
-
-    Raises:
-        TriptychError: MODEL_NOT_FOUND, naming the files that are not there.
-    """
-    # transformers may make do with an empty tokenizer of the family's usual kind
-    wanted = _FILES["tokenizer"] if auto_class in ("AutoProcessor", "AutoTokenizer") else ()
-    for needed in (wanted, _FILES["processor"] if auto_class == "AutoProcessor" else ()):
-        if needed and not any(next(folder.glob(name), None) for name in needed):
-            raise TriptychError(
-                ErrorKind.MODEL_NOT_FOUND,
-                f"the {what} of {folder} cannot be loaded: there is none of {', '.join(needed)}",
-                "settings.model",
-            )
-    old = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
-    if old and importlib.util.find_spec("sentencepiece") is None:
-        # transformers would go on and read the file as what it is not
-        message = f"the tokenizer of {folder} is a tokenizer.model: it needs the packages sentencepiece and protobuf"
-        raise TriptychError(ErrorKind.MODEL_NOT_FOUND, message, "settings.model")
-    try:
-        return model_class(auto_class).from_pretrained(
-            folder, local_files_only=True, trust_remote_code=settings.trust_remote_code, **options
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise TriptychError(
-            ErrorKind.MODEL_NOT_FOUND, f"the {what} of {folder} cannot be loaded: {error}", "settings.model"
-        ) from None
-
-
-def _eos_token_ids(folder: Path, config: Any, tokenizer: Any) -> frozenset[int]:
-    """As ``generate`` takes them: from generation_config.json, else config.json; else the tokenizer's."""
-    generation = model_class("GenerationConfig")
-    if (folder / "generation_config.json").is_file():
-        found = generation.from_pretrained(folder, local_files_only=True).eos_token_id
-    else:
-        found = generation.from_model_config(config).eos_token_id
-    if found is None:
-        found = tokenizer.eos_token_id
-    if found is None:
-        return frozenset()
-    return frozenset(int(i) for i in (found if isinstance(found, (list, tuple)) else [found]))
-
-
-def _frame_sampling(video_processor: Any, settings: Settings, default: FrameSampling) -> FrameSampling:
-    if video_processor is None:
-        return default
-
-    def option(name: str, otherwise: Any) -> Any:
-        value = getattr(video_processor, name, None)
-        return otherwise if value is None else value
-
-    multiple = int(option("temporal_patch_size", 1))
-    # Never below one full temporal patch.
-    most = max(min(int(option("max_frames", default.max_frames)), settings.max_video_frames), multiple)
-    fixed = getattr(video_processor, "num_frames", None)
-    if fixed is None and getattr(video_processor, "fps", None) is None:
-        fixed = default.num_frames
-    return FrameSampling(
-        fps=float(option("fps", default.fps)),
-        min_frames=min(int(option("min_frames", default.min_frames)), most),
-        max_frames=most,
-        multiple=multiple,
-        num_frames=None if fixed is None else min(int(fixed), most),
-    )
 
 
 def _first_row(ids: Any) -> list[int]:

@@ -21,6 +21,7 @@ from ..contract.features import EncoderItem
 from ..contract.settings import Settings
 from ..media.types import Audio, Medium
 from .checkpoint import Checkpoint
+from .reading import load_auto
 from .sounds import check_sound, without_tail
 from .tekken import FILE, tekken_tokenizer
 from .transformers_family import (
@@ -28,7 +29,6 @@ from .transformers_family import (
     TransformersEncoder,
     TransformersFamily,
     TransformersPreprocessor,
-    load_auto,
 )
 
 TEMPLATE = """\
