@@ -32,6 +32,10 @@ class DecoderCrashedError(Exception):
     """A decoder crashed on a file."""
 
 
+class DecoderHungError(Exception):
+    """A decoder did not come to an end with a file."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What a worker gave back.
@@ -76,21 +80,26 @@ class DecodePool:
         async with self._free:
             self._idle.append(await self._spawn())
 
-    async def run(self, job: Mapping[str, Any], data: bytes) -> Decoded:
+    async def run(self, job: Mapping[str, Any], data: bytes, patience_s: float | None = None) -> Decoded:
         """Decode a file. Cancelling the call kills the worker.
 
         Args:
             job: see worker.py.
             data: the file.
+            patience_s: a worker that takes longer is killed; waiting for a free one does not count.
 
         Raises:
             DecoderCrashedError: the worker died of a native crash.
+            DecoderHungError: it took longer.
             TriptychError: what the worker says, or STAGE_FAILED where it was killed.
         """
         async with self._free:
             worker = await self._take()
             try:
-                answer, fd = await worker.call(job, data)
+                answer, fd = await asyncio.wait_for(worker.call(job, data), patience_s)
+            except asyncio.TimeoutError:
+                await asyncio.shield(self._discard(worker))
+                raise DecoderHungError from None
             except (EOFError, OSError):
                 code = await self._discard(worker, grace_s=1.0)
                 if -code in _CRASHES:
@@ -210,15 +219,21 @@ def audio_job(max_s: float) -> dict[str, Any]:
     return {"kind": "audio", "max_s": max_s, "decoders": ["av"]}
 
 
-async def decode(pool: DecodePool, job: Mapping[str, Any], data: bytes) -> Decoded:
-    """Run a job; a video that crashes decord is tried again with PyAV alone.
+async def decode(pool: DecodePool, job: Mapping[str, Any], data: bytes, patience_s: float | None = None) -> Decoded:
+    """Run a job; a video on which decord crashes or hangs is tried again with PyAV alone.
+
+    Args:
+        pool: where.
+        job: see worker.py.
+        data: the file.
+        patience_s: that decord has; the last decoder has what the caller has.
 
     Raises:
         TriptychError: INVALID_MEDIA also for a file that crashes the last decoder.
     """
     try:
-        return await pool.run(job, data)
-    except DecoderCrashedError:
+        return await pool.run(job, data, patience_s if "decord" in job["decoders"] else None)
+    except (DecoderCrashedError, DecoderHungError):
         if "decord" not in job["decoders"]:
             raise unreadable(f"the {job['kind']} is damaged: it crashed the decoder") from None
     return await decode(pool, {**job, "decoders": ["av"]}, data)

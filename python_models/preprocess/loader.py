@@ -29,6 +29,9 @@ from ..stage import Telemetry
 
 _T = TypeVar("_T")
 
+FIRST_DECODER_SHARE = 0.5
+"""Of a request's time that the first decoder has for a video before the second one gets the rest."""
+
 
 @dataclass
 class Loading:
@@ -156,7 +159,7 @@ class MediaLoader:
     async def _video(self, blob: bytes, options: MediaOptions) -> Video:
         sampling, limit = sampling_of(self._preprocessor.frame_sampling, options), self._settings.max_video_frames
         job = video_job(asdict(sampling), self._settings.max_image_pixels, limit)
-        decoded = await decode(self._pool, job, blob)
+        decoded = await decode(self._pool, job, blob, FIRST_DECODER_SHARE * self._settings.mm_per_request_timeout)
         info = VideoInfo(**decoded.about)
         indices = frame_indices(info, sampling, limit)
         return Video(

@@ -132,6 +132,19 @@ def test_crash_of_decord_is_tried_again_with_av(make_clip: Make) -> None:
     with_pool(body)
 
 
+def test_hang_of_decord_is_tried_again_with_av(make_clip: Make) -> None:
+    async def body(pool: DecodePool) -> None:
+        await pool.start()
+        (pid,) = pool.pids
+        os.kill(pid, signal.SIGSTOP)
+        assert (await decode(pool, job(), make_clip(10, 10), 0.3)).shape == (4, 48, 64, 3)
+        assert gone(pid)
+        # the last decoder is not hurried
+        assert (await decode(pool, job() | {"decoders": ["av"]}, make_clip(10, 10), 1e-6)).shape == (4, 48, 64, 3)
+
+    with_pool(body)
+
+
 def test_hung_worker_is_killed_when_the_call_is_given_up(make_clip: Make) -> None:
     async def body(pool: DecodePool) -> None:
         await pool.start()

@@ -383,13 +383,28 @@ def test_media_are_refused_where_they_are_off(make: Callable[..., Any]) -> None:
     assert caught.value.param == "settings.enable_multimodal"
 
 
-def test_deadline_kills_a_stuck_decoder(make: Callable[..., Any], make_clip: Make) -> None:
+def test_deadline_kills_a_stuck_decoder(
+    make: Callable[..., Any], make_clip: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "FIRST_DECODER_SHARE", 2.0)
     running = make(("video",), mm_per_request_timeout=1.5)
     (worker,) = running.workers
     os.kill(worker.pid, signal.SIGSTOP)
     assert running.start([blob("video")], make_clip()).error.kind is ErrorKind.TIMEOUT
     until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
     assert running.start([blob("video")], make_clip()).ok
+    running.check_healthy()
+
+
+def test_second_decoder_takes_over_from_a_stuck_one(
+    make: Callable[..., Any], make_clip: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = make(("video",), mm_per_request_timeout=SECONDS)
+    monkeypatch.setattr(loader, "FIRST_DECODER_SHARE", 0.5 / SECONDS)
+    (worker,) = running.workers
+    os.kill(worker.pid, signal.SIGSTOP)
+    assert "vision_features" in running.start([blob("video")], make_clip()).ok
+    until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
     running.check_healthy()
 
 
