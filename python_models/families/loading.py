@@ -99,7 +99,7 @@ def load_part(
     if dummy:
         return _random_part(cls, config, keep, device, dtype)
     try:
-        model, info = _loading_class(cls, keep, folder, device).from_pretrained(
+        model, info = _loading_class(cls, keep, folder, device, dtype).from_pretrained(
             folder,
             config=_plain(config),
             dtype=dtype,
@@ -132,7 +132,7 @@ def warn_of_strangers(cls: Any, config: Any, folder: Path) -> None:
 
     Args: as `load_part`; of a quantised checkpoint, the names are those of plain weights.
     """
-    names = strangers(meta_model(cls, config), open_tensors(folder, "cpu").keys())
+    names = strangers(meta_model(cls, config), open_tensors(folder, "cpu", torch.float32).keys())
     if not names:
         return
     kinds = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names})
@@ -159,18 +159,21 @@ class _Unread:
         return self._files.read(self._key, whole(self._files.shape(self._key)))
 
 
-def _loading_class(cls: Any, keep: Callable[[Any], Sequence[str]], folder: Path, device: str) -> Any:
-    files = open_tensors(folder, device)
+def _loading_class(
+    cls: Any, keep: Callable[[Any], Sequence[str]], folder: Path, device: str, dtype: torch.dtype
+) -> Any:
+    files = open_tensors(folder, device, dtype)
 
     class Loading(_partial_class(cls, keep)):  # type: ignore[misc]
         @staticmethod
         def _load_pretrained_model(
-            model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+            model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
         ) -> Any:
             # from_pretrained itself takes a device only where accelerate is installed
             placed = replace(load_config, device_map={"": torch.device(device)})
             unread = {key: _Unread(files, key) for key in files.keys()}  # noqa: SIM118 - it is no dictionary
-            info, rest = cls._load_pretrained_model(model, unread, None, placed, *args, **kwargs)
+            # Of expected keys, memory would be reserved in one block; what fused layers leave of it could not be freed.
+            info, rest = cls._load_pretrained_model(model, unread, None, placed, expected_keys=[])
             if info.conversion_errors:
                 # a traceback, the message of the error, and a line about the conversion
                 why = [f"{name} ({text.splitlines()[-2:][0]})" for name, text in info.conversion_errors.items()]

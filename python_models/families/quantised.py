@@ -2,7 +2,7 @@
 
 A quantised matrix is stored as several tensors: small numbers, the scales of blocks or groups of them, zero points.
 Here they are one tensor, ``<module>.weight``, whose slices are computed in float32 on the stage's device when they are
-asked for; whoever reads them casts them to the stage's dtype. So every quantisation works with every family, every
+asked for, some rows at a time, and given in the stage's dtype. So every quantisation works with every family, every
 decoder and every number of GPUs, and takes the memory of the dtype it is turned into. Activations are not quantised.
 
 Formats, compared with what transformers, AutoGPTQ, AutoAWQ, compressed-tensors and bitsandbytes document and write:
@@ -37,13 +37,20 @@ from .quantisation import Quantisation
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Of eight outputs in a word."""
+_AT_ONCE = 2**25
+"""Numbers that are computed in float32 at a time: each takes some ten bytes, and four tensors are read side by side."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 # of activations and of the KV cache, which are not quantised here
 _UNUSED = re.compile(r"[._](input|output|activation|k|v|q|kv|kv_cache)_(scale|zero_point)(_inv)?$|\.input_scale_ub$")
 
 
-def open_tensors(folder: Path, device: str) -> Tensors:
+def open_tensors(folder: Path, device: str, dtype: torch.dtype) -> Tensors:
     """The weights of a checkpoint, quantised ones as what they stand for.
+
+    Args:
+        folder: of the checkpoint.
+        device: where what is read goes.
+        dtype: of what was quantised; others have that of the file.
 
     Raises:
         TriptychError: MODEL_NOT_FOUND without weight files; UNSUPPORTED for a quantisation that cannot be read;
@@ -54,15 +61,16 @@ def open_tensors(folder: Path, device: str) -> Tensors:
     declared = Quantisation.of(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
     finder = _Finder(folder, files, declared)
     finder.find()
-    return Dequantised(files, finder.parts, finder.used) if finder.parts or declared is not None else files
+    return Dequantised(files, finder.parts, finder.used, dtype) if finder.parts or declared is not None else files
 
 
 class Dequantised:
     """See :class:`.files.Tensors`."""
 
-    def __init__(self, files: Files, parts: Mapping[str, Part], used: set[str]) -> None:
-        """Args: as they are stored; the quantised ones by the name of a plain one; what these are made of."""
-        self._files, self._parts = files, parts
+    def __init__(self, files: Files, parts: Mapping[str, Part], used: set[str], dtype: torch.dtype) -> None:
+        """Args: as they are stored; the quantised ones by the name of a plain one; what these are made of; their dtype
+        when they are read."""
+        self._files, self._parts, self._dtype = files, parts, dtype
         plain = (key for key in files.keys() if key not in used and not _UNUSED.search(key))  # noqa: SIM118
         self._keys = [*plain, *parts]
 
@@ -75,10 +83,22 @@ class Dequantised:
         return self._parts[key].shape if key in self._parts else self._files.shape(key)
 
     def read(self, key: str, bounds: Bounds) -> torch.Tensor:
-        """A slice of one, on the device: float32 where it was quantised."""
+        """A slice of one, on the device."""
         if key not in self._parts:
             return self._files.read(key, bounds)
-        return self._parts[key].read(bounds or whole(self._parts[key].shape))
+        part = self._parts[key]
+        (start, stop), *others = bounds or whole(part.shape)
+        shape = [stop - start, *(last - first for first, last in others)]
+        step = max(_AT_ONCE // max(torch.Size(shape[1:]).numel(), 1), 1)
+        if shape[0] <= step:
+            return part.read(((start, stop), *others)).to(self._dtype)
+        made: torch.Tensor | None = None
+        for low in range(start, stop, step):
+            rows = part.read(((low, min(low + step, stop)), *others))
+            made = rows.new_empty(shape, dtype=self._dtype) if made is None else made
+            made[low - start : low - start + len(rows)] = rows
+        assert made is not None
+        return made
 
 
 class _Finder:
@@ -350,12 +370,17 @@ class Coded:
         self.shape = tuple(state["shape"])
 
     def read(self, bounds: Bounds) -> torch.Tensor:
-        """See :class:`.files.Part`; whole rows are read."""
+        """See :class:`.files.Part`."""
         (first, last), *others = bounds
         row = torch.Size(self.shape[1:]).numel()
         start, stop = first * row, last * row
-        stored = self._files.read(self._key, whole(self._files.shape(self._key))).view(torch.uint8).flatten()
-        pairs = stored[start // 2 : -(-stop // 2)].long()
+        stored = self._files.shape(self._key)
+        if self._files.dtype(self._key) == torch.uint8 and stored[1:] == (1,):
+            pairs = self._files.read(self._key, ((start // 2, -(-stop // 2)), (0, 1))).flatten().long()
+        else:
+            # packed into another dtype
+            pairs = self._files.read(self._key, whole(stored)).view(torch.uint8).flatten()
+            pairs = pairs[start // 2 : -(-stop // 2)].long()
         codes = torch.stack([pairs >> 4, pairs & 15], -1).flatten()[start % 2 :][: stop - start]
         absmax, code, *nested = (self._files.read(key, ()) for key in self._parts)
         if nested:

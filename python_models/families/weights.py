@@ -140,7 +140,7 @@ class SafetensorsSource:
             name: tensor for name, tensor in model.state_dict().items() if name.startswith((f"{text}.", "lm_head."))
         }
         self._dtypes = _dtypes(model, self._wanted, dtype)
-        self._files = open_tensors(folder, device)
+        self._files = open_tensors(folder, device, dtype)
         self._parts = self._resolve(_entries(model, self._files.keys()))
         self._ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         missing = sorted(name for name in self._wanted if self._ties.get(name, name) not in self._parts)

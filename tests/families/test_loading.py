@@ -344,3 +344,15 @@ def test_memory_is_that_of_the_weights(tmp_path: Path) -> None:
     watcher.join()
     assert model.lm_head.weight.shape == (64, 512)
     assert max(seen) - before < size + 40e6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl_moe_fp8", "qwen2_vl_nf4"])
+def test_on_a_gpu(tiny_checkpoint: Callable[[str], Path], name: str) -> None:
+    family = family_of(tiny_checkpoint(name))
+    here, there = (family.load_decoder(device, torch.bfloat16).text_model for device in ("cpu", "cuda:0"))
+    weights = there.state_dict()
+    for key, tensor in here.state_dict().items():
+        assert weights[key].device == torch.device("cuda:0")
+        torch.testing.assert_close(weights[key].cpu(), tensor, rtol=0, atol=0)
+    assert all(buffer.is_cuda for buffer in there.buffers())
