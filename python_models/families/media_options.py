@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from ..contract.errors import invalid
@@ -51,6 +52,22 @@ def pixel_rule(processor: Any) -> Any:
     return None
 
 
+def counts_frames(rule: Any) -> bool:
+    """Whether such a function counts the pixels of all frames of a video together."""
+    return rule is not None and "num_frames" in inspect.signature(rule).parameters
+
+
+def smaller_frames(frames: NDArray[np.uint8], most: int) -> NDArray[np.uint8]:
+    """Frames [T, H, W, 3] of at most so many pixels each, in proportion."""
+    height, width = frames.shape[1:3]
+    if height * width <= most:
+        return frames
+    scale = math.sqrt(most / (height * width))
+    size = max(math.floor(width * scale), 1), max(math.floor(height * scale), 1)
+    pictures = (PILImage.fromarray(frame).resize(size, PILImage.Resampling.BICUBIC) for frame in frames)
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
 def low_detail(processor: Any) -> int:
     """Pixels of a picture of low detail, not less than the processor leaves to any."""
     if pixel_rule(processor) is None:
@@ -87,8 +104,7 @@ def fit(processor: Any, picture: PILImage.Image, least: int | None, most: int | 
     if least > most:
         raise invalid(f"{where}: min_pixels and max_pixels must leave sizes between {low} and {high} pixels", where)
     frames = int(processor.temporal_patch_size)
-    counts_frames = "num_frames" in inspect.signature(rule).parameters
-    extra = {"num_frames": frames, "temporal_factor": frames} if counts_frames else {}
+    extra = {"num_frames": frames, "temporal_factor": frames} if counts_frames(rule) else {}
     factor = processor.patch_size * processor.merge_size
     height, width = rule(
         **extra, height=picture.height, width=picture.width, factor=factor, min_pixels=least, max_pixels=most

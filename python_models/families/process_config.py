@@ -13,16 +13,17 @@ from ..contract.errors import TriptychError, invalid
 from ..contract.request import MediaOptions
 from ..contract.settings import Settings
 from .base import FrameSampling, refuse_modality
-from .media_options import pixel_rule, sampling_of
+from .media_options import counts_frames, pixel_rule, sampling_of
 
 PARTS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
 """Modality -> attribute of a processor."""
 _WHERE = "settings.mm_process_config"
 _BOUNDS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+_BOUNDS_OF_ALL_FRAMES = {"total_pixels": "longest_edge"}
 # options that the families themselves act upon, whatever the processor
 _OWN: Mapping[str, tuple[str, ...]] = {
     "image": ("min_pixels", "max_pixels"),
-    "video": ("fps", "num_frames", "min_frames", "max_frames"),
+    "video": ("fps", "num_frames", "min_frames", "max_frames", "max_pixels"),
     "audio": ("max_seconds",),
 }
 # those of processors that decide how large or how many the pieces are that a tower sees; never what it was built for
@@ -63,6 +64,8 @@ class ProcessConfig:
         try:
             MediaOptions.from_json("image", bounds, f"{_WHERE}.image")
             MediaOptions.from_json("video", frames, f"{_WHERE}.video")
+            if "max_pixels" in video:
+                check.integer(video["max_pixels"], f"{_WHERE}.video.max_pixels", 1)
             if "min_frames" in video:
                 check.integer(video["min_frames"], f"{_WHERE}.video.min_frames", 1, video.get("max_frames", 2**31))
             if "max_seconds" in audio:
@@ -89,18 +92,18 @@ class ProcessConfig:
                 raise replace(refuse_modality(f"{_WHERE}.{modality}", modality, name, modalities), param=_WHERE)
             part: Any = getattr(processor, PARTS[modality], None)
             changes: dict[str, Any] = {}
+            bounds = _bounds(part, modality)
             for option, value in options.items():
                 where = f"{_WHERE}.{modality}.{option}"
-                if option in _BOUNDS and modality != "audio" and pixel_rule(part) is not None:
-                    # checked as an integer where it is that of a picture
-                    edge = check.integer(value, where, 1)
-                    changes["size"] = {**dict(part.size), **changes.get("size", {}), _BOUNDS[option]: edge}
+                if option in bounds:
+                    edge = _value(1, value, where)
+                    changes["size"] = {**dict(part.size), **changes.get("size", {}), bounds[option]: edge}
                 elif option in _OWN[modality]:
                     continue
                 elif option in (known := _known(part, modality)):
                     changes[option] = _value(getattr(part, option), value, where)
                 else:
-                    allowed = sorted({*_OWN[modality], *known, *(_BOUNDS if pixel_rule(part) is not None else ())})
+                    allowed = sorted({*_OWN[modality], *known, *bounds})
                     raise invalid(
                         f"{where}: the {modality} processing of {name} has no such option; allowed: "
                         f"{', '.join(allowed)}",
@@ -114,6 +117,12 @@ class ProcessConfig:
         if pixel_rule(processor) is not None:
             return None, None
         return image.get("min_pixels"), image.get("max_pixels")
+
+    def frame_pixels(self, processor: Any) -> int | None:
+        """Most pixels of a frame, where the video processor itself does not see to them."""
+        if "max_pixels" in _bounds(processor, "video"):
+            return None
+        return self.sections.get("video", {}).get("max_pixels")
 
     def sampling(self, own: FrameSampling) -> FrameSampling:
         """How videos are sampled. Args: as the family does it."""
@@ -135,6 +144,14 @@ class ProcessConfig:
         """Changes whenever what is asked for a modality does; "" for nothing."""
         options = self.sections.get(modality)
         return json.dumps(options, sort_keys=True) if options else ""
+
+
+def _bounds(part: Any, modality: str) -> Mapping[str, str]:
+    """Option -> edge of the size of a processor that counts pixels."""
+    rule = pixel_rule(part)
+    if rule is None or modality == "audio":
+        return {}
+    return _BOUNDS_OF_ALL_FRAMES if modality == "video" and counts_frames(rule) else _BOUNDS
 
 
 def _known(part: Any, modality: str) -> tuple[str, ...]:

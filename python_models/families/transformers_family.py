@@ -12,7 +12,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,6 +63,8 @@ class TransformersPreprocessor(ABC):
         self.process = ProcessConfig.of(settings)
         self.process.apply(self.processor, self.name, encoders)
         self._bounds = self.process.bounds(getattr(self.processor, "image_processor", None))
+        self._frame_pixels = self.process.frame_pixels(getattr(self.processor, "video_processor", None))
+        self._follow: dict[str, bool] = {}
         self.encoders = encoders
         self.modalities = frozenset(encoders)
         # Positions come from the configuration alone: no weights are needed.
@@ -98,9 +99,13 @@ class TransformersPreprocessor(ABC):
         Raises:
             TriptychError: UNSUPPORTED where it has none.
         """
-        if self._bounds != (None, None) and not self._follows_size:
-            message = f"min_pixels and max_pixels would have no effect: {self.name} gives every picture the same size"
-            raise TriptychError(ErrorKind.UNSUPPORTED, message, "settings.mm_process_config")
+        for modality, given in (("image", any(self._bounds)), ("video", self._frame_pixels)):
+            if given and not self._follows_size(modality):
+                what = "picture" if modality == "image" else "frame of a video"
+                message = (
+                    f"{modality}: bounds of pixels would have no effect: {self.name} gives every {what} the same size"
+                )
+                raise TriptychError(ErrorKind.UNSUPPORTED, message, "settings.mm_process_config")
         return self
 
     @property
@@ -168,6 +173,9 @@ class TransformersPreprocessor(ABC):
         if isinstance(data, Audio) and self.process.max_seconds is not None:
             samples = data.samples[: max(round(self.process.max_seconds * data.sampling_rate), 1)]
             medium = replace(medium, data=replace(data, samples=samples))
+        if isinstance(data, Video) and self._frame_pixels is not None:
+            frames = media_options.smaller_frames(data.frames, self._frame_pixels)
+            medium = replace(medium, data=replace(data, frames=frames))
         self.check_medium(medium)
         if not isinstance(data, Image) or not (options or any(self._bounds)):
             return medium
@@ -175,7 +183,7 @@ class TransformersPreprocessor(ABC):
             if getattr(options, name) is not None and not self.cuts_tiles:
                 raise _no_effect(f"{medium.param}.{name}", f"{self.name} cuts no tiles by their number")
         for name in ("min_pixels", "max_pixels"):
-            if getattr(options, name) is not None and not self._follows_size:
+            if getattr(options, name) is not None and not self._follows_size("image"):
                 raise _no_effect(f"{medium.param}.{name}", f"{self.name} gives every picture the same size")
         least = max(options.min_pixels or 0, self._bounds[0] or 0) or None
         most = min((n for n in (options.max_pixels, self._bounds[1]) if n is not None), default=None)
@@ -190,19 +198,24 @@ class TransformersPreprocessor(ABC):
             return medium
         return replace(medium, data=Image(media_options.fit(processor, data.pixels, least, most, medium.param)))
 
-    @cached_property
-    def _follows_size(self) -> bool:
-        """Whether what the encoder sees of a picture depends on its size."""
+    def _follows_size(self, modality: str) -> bool:
+        """Whether what the encoder sees of pictures or videos depends on their size."""
 
         def seen(width: int, height: int) -> Any:
-            media = {"image": [Medium("image", Image(PILImage.new("RGB", (width, height))), "", "")]}
-            batch = self._call(self._placeholder("image"), media)
-            (tensors,) = self.split_features(batch, media)["image"]
+            data: Image | Video = Image(PILImage.new("RGB", (width, height)))
+            if modality == "video":
+                frames = np.zeros((4, height, width, 3), dtype=np.uint8)
+                data = Video(frames, 2.0, 2.0, 2.0, (0, 1, 2, 3), 4)
+            media = {modality: [Medium(modality, data, "", "")]}
+            batch = self._call(self._placeholder(modality), media)
+            (tensors,) = self.split_features(batch, media)[modality]
             return {name: tensor.shape for name, tensor in tensors.items()}
 
-        if media_options.pixel_rule(getattr(self.processor, "image_processor", None)) is not None:
-            return True
-        return any(seen(*size) != seen(2048, 1536) for size in ((28, 21), (64, 48)))
+        if modality not in self._follow:
+            own = media_options.pixel_rule(getattr(self.processor, f"{modality}_processor", None)) is not None
+            sizes = ((28, 21), (64, 48))
+            self._follow[modality] = own or any(seen(*size) != seen(2048, 1536) for size in sizes)
+        return self._follow[modality]
 
     def position_arguments(
         self, batch: Mapping[str, Any], features: Mapping[str, Sequence[Tensors]], media: Mapping[str, Sequence[Medium]]

@@ -80,6 +80,12 @@ def test_pictures(tiny_checkpoint: Tiny, name: str, options: dict[str, Any], few
     [
         ("qwen2_5_vl", {"max_pixels": 2304, "min_pixels": 1024}),
         ("qwen3_vl", {"size": {"longest_edge": 8192}}),
+        ("qwen3_vl", {"total_pixels": 8192}),
+        ("qwen3_vl", {"max_pixels": 2304}),
+        ("glm4v", {"max_pixels": 2304}),
+        ("ernie4_5_vl_moe", {"max_pixels": 1200}),
+        ("kimi_k25", {"max_pixels": 1200}),
+        ("minicpmv4_6", {"max_pixels": 1200}),
         ("minicpmv", {"frame_slice_nums": 1}),
     ],
 )
@@ -134,6 +140,9 @@ def test_a_request_stays_within_the_operators_bounds(tiny_checkpoint: Tiny) -> N
         ("qwen2_audio", {"audio": {"fps": 2}}, ErrorKind.INVALID_REQUEST, "allowed: max_seconds"),
         ("qwen2_audio", {"audio": {"max_seconds": 0}}, ErrorKind.INVALID_REQUEST, "at least 0.1"),
         ("gemma3", {"image": {"max_pixels": 4096}}, ErrorKind.UNSUPPORTED, "same size"),
+        ("internvl", {"video": {"max_pixels": 4096}}, ErrorKind.UNSUPPORTED, "every frame of a video the same size"),
+        ("qwen3_vl", {"video": {"min_pixels": 4096}}, ErrorKind.INVALID_REQUEST, "total_pixels"),
+        ("qwen2_5_vl", {"video": {"max_pixels": "x"}}, ErrorKind.INVALID_REQUEST, "must be an integer"),
         ("gemma3", {"image": {"size": {"height": 64}}}, ErrorKind.INVALID_REQUEST, "allowed: max_pixels, min_pixels$"),
         ("minicpmv", {"image": {"slice_mode": 1}}, ErrorKind.INVALID_REQUEST, "true or false"),
     ],
@@ -152,3 +161,13 @@ def test_what_is_no_json_is_refused() -> None:
         Settings.from_dict({"mm_process_config": "{"})
     with pytest.raises(TriptychError, match="must be an object"):
         Settings.from_dict({"mm_process_config": "[]"})
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_the_example_of_the_guides(tiny_checkpoint: Tiny, name: str) -> None:
+    sections = {"image": {"max_pixels": 1048576}, "video": {"fps": 3, "max_pixels": 602112, "max_frames": 60}}
+    preprocessor = load(tiny_checkpoint(name), **sections)
+    # squares of 16 pixels, as many as the picture has: the tiny checkpoint's own bound is far below
+    assert item(preprocessor, picture(640, 480)).num_rows == 40 * 30
+    sampling = preprocessor.frame_sampling
+    assert (sampling.fps, sampling.max_frames) == (3, 60)
