@@ -70,13 +70,13 @@ ROWS = (
         ("qwen2_5_vl",),
     ),
     Row(
-        "Qwen/Qwen3-VL-8B-Instruct and the other dense ones",
+        "Qwen/Qwen3-VL-8B-Instruct and the other dense ones, BF16 and FP8",
         "qwen3_vl",
         "image, video",
         "vision: tower",
         MROPE,
         "deepstack; times of a video's frames as text",
-        ("qwen3_vl",),
+        ("qwen3_vl", "qwen3_vl_fp8"),
     ),
     Row(
         "Qwen/Qwen3-VL-30B-A3B-Instruct, -235B-A22B-Instruct, BF16 and FP8",
@@ -85,7 +85,7 @@ ROWS = (
         "vision: tower",
         MROPE,
         "deepstack; mixtures of experts",
-        ("qwen3_vl_moe",),
+        ("qwen3_vl_moe", "qwen3_vl_moe_fp8"),
     ),
     Row(
         "deepseek-ai/deepseek-vl2, -small, -tiny",
