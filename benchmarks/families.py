@@ -163,18 +163,31 @@ def memory_of(url: str, process: psutil.Process) -> dict[str, dict[str, float]]:
     return {name: values for name, values in found.items() if values}
 
 
-class Started:
-    """A family's server, or why there is none."""
+class Family:
+    """A family and its server, or why there is none."""
 
-    def __init__(self, name: str, folder: Path, options: list[str], timeout_s: float) -> None:
-        self.name = name
-        self.folder = folder
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
         self.stack = contextlib.ExitStack()
         self.failure = ""
+
+    def write(self, layers: int | None) -> None:
+        """Its checkpoint."""
+        model = self.folder / "model"
+        model.mkdir(parents=True)
         try:
-            errors = self.stack.enter_context((folder / "errors.log").open("w"))
-            command = [*options, "--server-log", str(folder / "server.log")]
-            running = server(str(folder / "model"), *command, timeout_s=timeout_s, errors=errors)
+            write(self.name, model, layers)
+        except Exception as error:  # such as a class that this version of transformers lacks
+            self.failure = f"{type(error).__name__}: {error}"
+
+    def start(self, options: list[str], timeout_s: float) -> None:
+        """Its server."""
+        if self.failure:
+            return
+        try:
+            errors = self.stack.enter_context((self.folder / "errors.log").open("w"))
+            command = [*options, "--server-log", str(self.folder / "server.log")]
+            running = server(str(self.folder / "model"), *command, timeout_s=timeout_s, errors=errors)
             self.url, self.process, self.ready_s = self.stack.enter_context(running)
         except (SystemExit, Exception) as error:
             self.failure = f"{type(error).__name__}: {error}"
@@ -204,9 +217,13 @@ class Started:
         return found
 
     def _tail(self, name: str) -> list[str]:
+        """The last lines, of the server's log those that tell of an error."""
         path = self.folder / name
         text = path.read_text(errors="replace") if path.is_file() else ""
-        return [line[:400] for line in text.splitlines() if line.strip()][-TAIL_LINES:]
+        lines = [line[:400] for line in text.splitlines() if line.strip()]
+        if name == "server.log":
+            lines = [line for line in lines if re.search("^E[0-9]|[Ee]rror", line)]
+        return lines[-TAIL_LINES:]
 
 
 def groups(names: list[str], together: int, memory_gb: float) -> Iterator[list[str]]:
@@ -226,7 +243,7 @@ def groups(names: list[str], together: int, memory_gb: float) -> Iterator[list[s
 def line_of(name: str, found: dict[str, Any]) -> str:
     """A row of the printed table."""
     if "failed" in found:
-        return f"{name:24} {found['failed'][:200]}"
+        return f"{name:24} {[found['failed'], *found['said']][-1][:200]}"
     alone = found["alone"]
     (many,) = (values for key, values in found.items() if key.endswith(" streams"))
     memory = found["memory"]
@@ -267,14 +284,10 @@ def main() -> None:
             print(f"no time for {', '.join(group)}")
             continue
         with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(len(group)) as pool:
-            for name in group:
-                (Path(place) / name / "model").mkdir(parents=True)
-                write(name, Path(place) / name / "model", args.layers)
-
-            def start(name: str, place: str = place) -> Started:
-                return Started(name, Path(place) / name, options, args.start_timeout_s)
-
-            servers = list(pool.map(start, group))
+            servers = [Family(name, Path(place) / name) for name in group]
+            for started in servers:
+                started.write(args.layers)
+            list(pool.map(lambda one: one.start(options, args.start_timeout_s), servers))
             try:
                 for started in servers:
                     figures[started.name] = started.figures(load)

@@ -62,7 +62,6 @@ _QWEN3_PROCESSOR = {
     "video_processor": {
         "patch_size": 16,
         "size": {"shortest_edge": 4096, "longest_edge": 25165824},
-        "cap_pixels_per_frame": None,
         "max_frames": 768,
     },
 }
@@ -421,7 +420,6 @@ SHAPES = {
             "video_processor": {
                 "patch_size": 14,
                 "size": {"shortest_edge": 128 * 28**2, "longest_edge": 768 * 28**2},
-                "cap_pixels_per_frame": None,
                 "max_frames": 768,
             },
         },
