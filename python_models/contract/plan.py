@@ -109,7 +109,7 @@ class Plan:
             for i in data["items"]
         )
         data["sampling"] = SamplingParams.from_json(data["sampling"])
-        data["stop"] = tuple(data["stop"])
+        data["stop"] = tuple(data.get("stop", ()))
         return cls(**data)
 
 
