@@ -25,8 +25,8 @@ serve: $(INSTALLED)   ## serve MODEL (default: the built-in one) on port 30000; 
 test: $(INSTALLED)    ## all tests that need no GPU
 	@$(BIN)/python -m pytest $(ARGS)
 
-parity: $(INSTALLED)  ## every model family beside transformers' generate, in process and served (an hour)
-	@$(BIN)/python -m pytest tests/parity --families all $(ARGS)
+parity: $(INSTALLED)  ## every model family beside transformers' generate, in process and served (two at a time)
+	@$(BIN)/python -m pytest tests/parity --families all -n 2 --dist loadgroup $(ARGS)
 
 test-gpu: $(INSTALLED)  ## the tests that need a GPU
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -402,7 +402,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All tests of one family in a row, file by file: its models and servers start once."""
+    """All tests of one family in a row, file by file, and in one process: its models and servers start once."""
     places = [k for k, item in enumerate(items) if "parts" in getattr(getattr(item, "callspec", None), "params", {})]
     families = list(dict.fromkeys(items[k].callspec.params["parts"] for k in places))  # type: ignore[attr-defined]
 
@@ -411,6 +411,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for place, item in zip(places, sorted([items[k] for k in places], key=key), strict=True):
         items[place] = item
+        item.add_marker(pytest.mark.xdist_group(item.callspec.params["parts"]))  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")
