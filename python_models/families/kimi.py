@@ -27,13 +27,13 @@ from ...kernels.image import normalise_patches
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
 from ..contract.settings import Settings
-from ..media.types import Image, Medium, Video
+from ..media.types import Medium, Video
 from . import composite
 from .base import Decoder
 from .checkpoint import Checkpoint
 from .loading import model_class
-from .pixels import RAW, check_bytes, normalisation
-from .qwen_vision import video_metadata
+from .pixels import check_bytes, normalisation
+from .qwen_vision import pixel_arguments
 from .tiktoken_file import FILE, MOONSHOT_PATTERN, tiktoken_tokenizer
 from .transformers_family import (
     Tensors,
@@ -55,20 +55,8 @@ class KimiPreprocessor(TransformersPreprocessor):
         self._normalisation = {modality: self._mean_and_std(modality) for modality in encoders}
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
-        """Pixels stay uint8; frames are those sampled while decoding."""
-        arguments: dict[str, Any] = {}
-        if images := [m.data.pixels for m in media.get("image", ()) if isinstance(m.data, Image)]:
-            arguments["images"] = images
-            arguments["images_kwargs"] = dict(RAW)
-        if videos := [m.data for m in media.get("video", ()) if isinstance(m.data, Video)]:
-            arguments["videos"] = [video.frames for video in videos]
-            arguments["videos_kwargs"] = {
-                **RAW,
-                "do_sample_frames": False,
-                "input_data_format": "channels_last",
-                "video_metadata": [video_metadata(video) for video in videos],
-            }
-        return arguments
+        """See :func:`.qwen_vision.pixel_arguments`."""
+        return pixel_arguments(media)
 
     def split_features(
         self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]

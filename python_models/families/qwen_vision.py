@@ -39,20 +39,8 @@ class QwenVisionPreprocessor(TransformersPreprocessor):
             self.processor.image_processor = PictureSizes(self.processor.image_processor)
 
     def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
-        """Pixels stay uint8; frames are those sampled while decoding."""
-        arguments: dict[str, Any] = {}
-        if images := [m.data for m in media.get("image", ()) if isinstance(m.data, Image)]:
-            arguments["images"] = [image.pixels for image in images]
-            arguments["images_kwargs"] = dict(RAW)
-        if videos := [m.data for m in media.get("video", ()) if isinstance(m.data, Video)]:
-            arguments["videos"] = [video.frames for video in videos]
-            arguments["videos_kwargs"] = {
-                **RAW,
-                "do_sample_frames": False,
-                "input_data_format": "channels_last",
-                "video_metadata": [video_metadata(video) for video in videos],
-            }
-        return arguments
+        """See :func:`pixel_arguments`."""
+        return pixel_arguments(media)
 
     def split_features(
         self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
@@ -144,6 +132,23 @@ class FrameVisionEncoder(QwenVisionEncoder):
     def frames_of_patch(self) -> int:
         """One."""
         return 1
+
+
+def pixel_arguments(media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
+    """Arguments of a processor for pictures and videos: pixels stay uint8; frames are those sampled while decoding."""
+    arguments: dict[str, Any] = {}
+    if images := [m.data for m in media.get("image", ()) if isinstance(m.data, Image)]:
+        arguments["images"] = [image.pixels for image in images]
+        arguments["images_kwargs"] = dict(RAW)
+    if videos := [m.data for m in media.get("video", ()) if isinstance(m.data, Video)]:
+        arguments["videos"] = [video.frames for video in videos]
+        arguments["videos_kwargs"] = {
+            **RAW,
+            "do_sample_frames": False,
+            "input_data_format": "channels_last",
+            "video_metadata": [video_metadata(video) for video in videos],
+        }
+    return arguments
 
 
 def video_metadata(video: Video) -> Any:
