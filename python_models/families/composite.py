@@ -29,7 +29,7 @@ class CompositeConfig(model_class("PreTrainedConfig")):  # type: ignore[misc]
     """A configuration of the text model and one for each tower; what else a family needs are attributes.
 
     ``image_token_id``, ``video_token_id`` and ``audio_token_id`` mark embedding rows (see
-    :meth:`.transformers_family.TransformersPreprocessor.token_id`).
+    :meth:`.transformers_preprocessor.TransformersPreprocessor.token_id`).
     """
 
     model_type = "triptych_composite"

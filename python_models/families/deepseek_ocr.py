@@ -29,7 +29,9 @@ from .deepseek_vl import SquareEncoder
 from .loading import model_class
 from .pixels import RAW, check_bytes, normalisation
 from .templates import TEMPLATES
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 # Of the tower that makes OCR-2's tokens, Qwen2 0.5B, the published configuration gives the width alone.
 _QWEN2 = {

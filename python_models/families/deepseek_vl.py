@@ -18,7 +18,9 @@ from ..media.types import Image, Medium
 from .checkpoint import Checkpoint
 from .pixels import RAW, check_bytes, normalisation
 from .squares import SquarePictures, square_features, square_of
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class SquarePreprocessor(TransformersPreprocessor):

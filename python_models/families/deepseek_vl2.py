@@ -32,7 +32,9 @@ from .loading import model_class
 from .pixels import normalisation
 from .templates import TEMPLATES
 from .timm_names import timm_rules
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 # Of the published configuration: what it leaves out.
 _VISION = {"image_size": 384, "patch_size": 16, "width": 1024, "layers": 24, "heads": 16, "mlp_ratio": 4}

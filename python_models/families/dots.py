@@ -30,7 +30,8 @@ from .composite import (
 )
 from .loading import model_class
 from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
-from .transformers_family import TransformersEncoder, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import TransformersPreprocessor
 
 _IMAGE_TOKEN = "<|imgpad|>"
 

@@ -18,7 +18,9 @@ from ..media.types import Medium, Video
 from .base import FrameSampling
 from .checkpoint import Checkpoint
 from .qwen_vision import FrameVisionEncoder, QwenVisionPreprocessor
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class Ernie45VLPreprocessor(QwenVisionPreprocessor):

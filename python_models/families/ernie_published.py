@@ -18,7 +18,7 @@ from ..media.types import Medium
 from .ernie4_5_vl import Ernie45VLMoe, Ernie45VLPreprocessor
 from .loading import model_class
 from .reading import load_auto
-from .transformers_family import TransformersPreprocessor
+from .transformers_preprocessor import TransformersPreprocessor
 
 FONT = "Roboto-Regular.ttf"
 _MARKS = {

@@ -20,7 +20,9 @@ from .checkpoint import Checkpoint
 from .pixels import RAW, check_bytes, normalisation
 from .squares import SquarePictures, square_features, square_of
 from .text_only import TextPreprocessor
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 _SETTLED = (
     "do_convert_rgb",

@@ -29,7 +29,9 @@ from .checkpoint import Checkpoint
 from .generic_rules import UnfitError, head_of, multimodal_parts, text_model_of
 from .loading import meta_model, model_class
 from .text_only import TextPreprocessor
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 logger = logging.getLogger(__name__)
 

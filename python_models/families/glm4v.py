@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 from ..contract.settings import Settings
 from .checkpoint import Checkpoint
 from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
-from .transformers_family import TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import TransformersPreprocessor
 
 # Glm46VVideoProcessor takes pairs of frames: three a second up to 30 s, one up to 5 min, then one every two seconds.
 _GLM46V_FPS = ((30.0, 6.0), (300.0, 2.0))

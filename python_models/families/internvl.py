@@ -15,7 +15,8 @@ from ..contract.features import EncoderItem
 from . import evs
 from .base import FrameSampling
 from .llava import Llava, LlavaEncoder, LlavaPreprocessor
-from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class InternVLPreprocessor(LlavaPreprocessor):

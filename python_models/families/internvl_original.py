@@ -24,7 +24,7 @@ from .internvl import InternVL, InternVLPreprocessor
 from .loading import model_class
 from .reading import load_auto
 from .templates import TEMPLATES, ChatTemplate
-from .transformers_family import TransformersPreprocessor
+from .transformers_preprocessor import TransformersPreprocessor
 
 _NAMES = (
     (r"^vision_model\.", "model.vision_tower."),

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from ..media.types import Image, Medium, Video
 from .pixels import RAW
-from .transformers_family import Tensors, TransformersPreprocessor
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class ItemwisePreprocessor(TransformersPreprocessor):

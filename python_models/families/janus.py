@@ -23,7 +23,9 @@ from .deepseek_vl import SquareEncoder, SquarePreprocessor
 from .loading import model_class
 from .templates import TEMPLATES
 from .timm_names import timm_rules
-from .transformers_family import TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import TransformersPreprocessor
 
 _TOKENS = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
 # What a model name of the published configuration stands for; ``params`` beside it may say otherwise.

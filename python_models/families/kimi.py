@@ -35,12 +35,9 @@ from .loading import model_class
 from .pixels import check_bytes, normalisation
 from .qwen_vision import pixel_arguments
 from .tiktoken_file import FILE, MOONSHOT_PATTERN, tiktoken_tokenizer
-from .transformers_family import (
-    Tensors,
-    TransformersEncoder,
-    TransformersFamily,
-    TransformersPreprocessor,
-)
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 _IMAGE_TOKEN = "<|media_pad|>"
 _MOST_PATCHES = 512

@@ -19,7 +19,9 @@ from ..contract.settings import Settings
 from .checkpoint import Checkpoint
 from .itemwise import ItemwisePreprocessor
 from .pixels import check_bytes, normalisation, take_videos_in_place
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 

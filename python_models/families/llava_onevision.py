@@ -16,7 +16,8 @@ from ..media.types import Medium
 from .base import FrameSampling
 from .llava import sizes_of
 from .llava_next import LlavaNextEncoder, LlavaNextPreprocessor, LlavaNextVideo
-from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class LlavaOnevisionPreprocessor(LlavaNextPreprocessor):

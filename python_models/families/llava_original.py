@@ -32,11 +32,9 @@ from .llava_onevision import LlavaOnevision, LlavaOnevisionPreprocessor
 from .loading import load_part, model_class
 from .reading import load_auto
 from .templates import TEMPLATES, ChatTemplate
-from .transformers_family import (
-    TransformersEncoder,
-    TransformersFamily,
-    TransformersPreprocessor,
-)
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import TransformersPreprocessor
 
 _TEXT_MODELS = {"llava_mistral": "mistral", "llava_mixtral": "mixtral", "llava_qwen": "qwen2"}
 _RULES = (

@@ -40,7 +40,8 @@ from .loading import model_class
 from .minicpm_processing import MiniCPMProcessor, Slicer, sound_rows
 from .sounds import check_sound
 from .tower_attention import use_packed_attention
-from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 _FRAMES_A_SECOND = 50
 """Of Whisper's encoder."""

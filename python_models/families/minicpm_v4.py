@@ -21,7 +21,9 @@ from .base import FrameSampling
 from .checkpoint import Checkpoint
 from .pixels import normalisation
 from .qwen_vision import video_metadata
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 # pixels as they are, but in floating point: torch cuts patches out of nothing else
 _RAW = {"do_rescale": True, "rescale_factor": 1.0, "do_normalize": False, "return_tensors": "pt"}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from ..contract.features import EncoderItem
 from .llava import Llava, LlavaEncoder
-from .transformers_family import TransformersEncoder
+from .transformers_encoder import TransformersEncoder
 
 
 class Mistral3Encoder(LlavaEncoder):

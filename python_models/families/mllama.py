@@ -25,7 +25,9 @@ from ..media.types import Image, Medium
 from .base import Prepared
 from .checkpoint import Checkpoint
 from .pixels import RAW, normalisation
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class MllamaPreprocessor(TransformersPreprocessor):

@@ -21,7 +21,9 @@ from ..media.types import Audio, Image, Medium, Video
 from .base import FrameSampling
 from .checkpoint import Checkpoint
 from .qwen_vision import video_metadata
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class NemotronPreprocessor(TransformersPreprocessor):

@@ -19,7 +19,9 @@ from ..contract.settings import Settings
 from . import composite
 from .loading import model_class
 from .text_only import TextPreprocessor, TextProcessor
-from .transformers_family import TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import TransformersPreprocessor
 
 # The width of an MLP is a multiple of this.
 _MLP_MULTIPLE = 256

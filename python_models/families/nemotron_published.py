@@ -27,7 +27,8 @@ from ..media.types import Image, Medium, Video
 from .checkpoint import Checkpoint, find_checkpoint
 from .nemotron import NemotronOmni, NemotronPreprocessor
 from .reading import load_auto
-from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 _MOST_TILES = 12
 _TOWERS = {"vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16)}

@@ -38,7 +38,8 @@ from .llava import LlavaEncoder
 from .loading import model_class
 from .nvila_processing import Blocks, NVILAProcessor, Tiles
 from .pixels import check_bytes, normalisation
-from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class NVILAPreprocessor(TransformersPreprocessor):

@@ -21,7 +21,8 @@ from .base import Decoder, WeightSource
 from .checkpoint import Checkpoint
 from .composite import required
 from .nvila import NVILA, NVILALiteModel, NVILALitePreprocessor, NVILAModel, NVILAPreprocessor
-from .transformers_family import TransformersEncoder, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import TransformersPreprocessor
 
 _RULES = (
     # names in the folders; no two of them begin alike

@@ -9,7 +9,9 @@ import torch
 
 from ..contract.features import EncoderItem
 from .qwen_vision import FrameVisionEncoder, QwenVisionPreprocessor
-from .transformers_family import TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import TransformersPreprocessor
 
 
 class PaddleOCRVisionEncoder(FrameVisionEncoder):

@@ -34,13 +34,9 @@ from .checkpoint import Checkpoint
 from .loading import meta_model, model_class
 from .pixels import RAW, check_bytes, normalisation
 from .sounds import check_sound
-from .transformers_family import (
-    TOKEN_TYPES,
-    Tensors,
-    TransformersEncoder,
-    TransformersFamily,
-    TransformersPreprocessor,
-)
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import TOKEN_TYPES, Tensors, TransformersPreprocessor
 
 PUBLISHED = "phi4mm"
 ADAPTERS = ("vision", "speech")

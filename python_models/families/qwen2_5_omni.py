@@ -14,7 +14,9 @@ from ..media.types import Audio, Medium, Video
 from .checkpoint import Checkpoint
 from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
 from .sounds import check_sound
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors
 
 
 class Qwen25OmniPreprocessor(QwenVisionPreprocessor):

@@ -12,7 +12,9 @@ from ..contract.features import EncoderItem
 from ..media.types import Medium
 from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
 from .tower_graphs import Grids, TowerGraphs
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class Qwen25VLPreprocessor(QwenVisionPreprocessor):

@@ -17,7 +17,9 @@ from ..contract.settings import Settings
 from ..media.types import Audio, Medium
 from .checkpoint import Checkpoint
 from .sounds import check_sound, without_tail
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class Qwen2AudioPreprocessor(TransformersPreprocessor):

@@ -20,7 +20,8 @@ from .base import Decoder
 from .checkpoint import Checkpoint
 from .qwen2_5_omni import Qwen25Omni, Qwen25OmniAudioEncoder, Qwen25OmniPreprocessor
 from .qwen3_vl import Qwen3VisionEncoder
-from .transformers_family import Tensors, TransformersEncoder
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import Tensors
 
 _PARTS = 4096
 

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import torch
 
 from .qwen_vision import QwenVisionEncoder, QwenVisionPreprocessor
-from .transformers_family import TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import TransformersPreprocessor
 
 
 class Qwen3VisionEncoder(QwenVisionEncoder):

@@ -19,7 +19,8 @@ from ..contract.settings import Settings
 from ..media.types import Image, Medium, Video
 from .checkpoint import Checkpoint
 from .pixels import RAW, PictureSizes, check_bytes, keep_pictures_whole, normalisation, resized, take_videos_in_place
-from .transformers_family import Tensors, TransformersEncoder, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 _NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 

@@ -35,7 +35,9 @@ from .composite import (
 )
 from .llava import LlavaEncoder, LlavaPreprocessor
 from .loading import model_class
-from .transformers_family import Tensors, TransformersEncoder, TransformersFamily, TransformersPreprocessor
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class Step3p7Preprocessor(LlavaPreprocessor):

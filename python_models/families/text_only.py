@@ -9,7 +9,7 @@ from typing import Any
 from ..contract.settings import Settings
 from ..media.types import Medium
 from .reading import load_auto
-from .transformers_family import Tensors, TransformersPreprocessor
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 
 class TextPreprocessor(TransformersPreprocessor):

@@ -24,12 +24,9 @@ from .checkpoint import Checkpoint
 from .reading import load_auto
 from .sounds import check_sound, without_tail
 from .tekken import FILE, tekken_tokenizer
-from .transformers_family import (
-    Tensors,
-    TransformersEncoder,
-    TransformersFamily,
-    TransformersPreprocessor,
-)
+from .transformers_encoder import TransformersEncoder
+from .transformers_family import TransformersFamily
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 TEMPLATE = """\
 {%- macro write(content) -%}
