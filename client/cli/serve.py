@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="the engine ends a request that the endpoint has not renewed for so long (default %(default)s)",
     )
+    group.add_argument(
+        "--enable-cache-report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="usage.prompt_tokens_details.cached_tokens in answers (on by default)",
+    )
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     group = parser.add_argument_group("Triton server")
     group.add_argument("--tritonserver", metavar="PATH", help="program or installation folder (default: found)")

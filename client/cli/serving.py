@@ -227,6 +227,7 @@ def _shim_options(args: argparse.Namespace) -> ShimOptions:
         max_body_bytes=int(args.max_body_mb * 2**20),
         max_inflight_bytes=int(args.max_inflight_mb * 2**20),
         lease_s=args.lease_s,
+        enable_cache_report=args.enable_cache_report,
     )
 
 

@@ -75,8 +75,11 @@ class _Run:
             int(time.time()),
             service.options.served_model_name,
             service.fingerprint,
-            call.include_usage,
+            call.stream_options.include_usage,
             call.request.sampling.n,
+            call.stream_options.include_obfuscation,
+            call.service_tier,
+            service.options.enable_cache_report,
         )
         self._watch = asyncio.create_task(_until_gone(request, self._generation, service))
 

@@ -24,6 +24,8 @@ from .errors import in_openai_words
 
 # Answers to the name that SGLang's clients send when they do not care which model it is.
 ANY_MODEL = "default"
+# Keys of ``metadata``, as OpenAI has it.
+MAX_LABELS = 16
 
 _SAMPLING = frozenset(f.name for f in fields(SamplingParams)) - {"max_tokens", "grammar"}
 # What the text must look like; the last two are SGLang's names.
@@ -38,20 +40,35 @@ _OWN = (
 
 
 @dataclass(frozen=True)
+class StreamOptions:
+    """What a stream holds beside the answer.
+
+    Attributes:
+        include_usage: a usage chunk at the end.
+        include_obfuscation: random characters in every chunk, so that its size does not tell how long its text is.
+    """
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+@dataclass(frozen=True)
 class ChatCall:
     """A checked request body.
 
     Attributes:
         request: what goes to the ensemble (lease not yet set).
         media: its blobs.
-        include_usage: send a usage chunk at the end of the stream.
+        stream_options: what the stream holds beside the answer.
         names: what the body calls fields of the contract that have other names there, for error messages.
+        service_tier: what the answer says of it: null where the request did not ask.
     """
 
     request: ChatRequest
     media: tuple[bytes, ...]
-    include_usage: bool
+    stream_options: StreamOptions
     names: Mapping[str, str]
+    service_tier: str | None = None
 
 
 def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
@@ -72,7 +89,7 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
         if data.get(name) is not None:
             rule(data[name], name)
     stream = _optional_boolean(data, "stream")
-    include_usage = _include_usage(data, stream)
+    stream_options = _stream_options(data, stream)
     sampling, names = _sampling(data)
     blobs: list[bytes] = []
     messages = parts.messages(data.get("messages"), blobs)
@@ -85,7 +102,8 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
         cache_salt="" if data.get("cache_salt") is None else parts.text(cache_salt(data["cache_salt"]), "cache_salt"),
         template=_template(data),
     )
-    return ChatCall(request, tuple(blobs), include_usage, names)
+    tier = None if data.get("service_tier") is None else "default"
+    return ChatCall(request, tuple(blobs), stream_options, names, tier)
 
 
 def _object(body: bytes) -> Mapping[str, Any]:
@@ -118,17 +136,19 @@ def _template(data: Mapping[str, Any]) -> TemplateInputs:
     return TemplateInputs(() if choice == "none" else given, {} if variables is None else template_variables(variables))
 
 
-def _include_usage(data: Mapping[str, Any], stream: bool) -> bool:
+def _stream_options(data: Mapping[str, Any], stream: bool) -> StreamOptions:
     if data.get("stream_options") is None:
-        return False
+        return StreamOptions()
     options = check.mapping(data["stream_options"], "stream_options")
     if not stream:
         raise invalid("stream_options is only allowed with stream: true", "stream_options")
     check.known_keys(options, ("include_usage", "include_obfuscation", "continuous_usage_stats"), "stream_options")
-    for name in ("include_obfuscation", "continuous_usage_stats"):
-        if _optional_boolean(options, name, "stream_options"):
-            raise _unsupported(f"stream_options.{name}", "false")
-    return _optional_boolean(options, "include_usage", "stream_options")
+    if _optional_boolean(options, "continuous_usage_stats", "stream_options"):
+        raise _unsupported("stream_options.continuous_usage_stats", "false")
+    return StreamOptions(
+        _optional_boolean(options, "include_usage", "stream_options"),
+        _optional_boolean(options, "include_obfuscation", "stream_options"),
+    )
 
 
 def _sampling(data: Mapping[str, Any]) -> tuple[SamplingParams, Mapping[str, str]]:
@@ -209,17 +229,39 @@ def _only(*allowed: Any) -> Callable[[Any, str], None]:
     return rule
 
 
+def _labels(value: Any, field: str) -> None:
+    """OpenAI's ``metadata``: a caller's own notes."""
+    data = check.mapping(value, field)
+    if len(data) > MAX_LABELS:
+        raise invalid(f"{field} has {len(data)} keys; at most {MAX_LABELS} are allowed", field)
+    for key, item in data.items():
+        if len(key) > 64 or len(check.string(item, f"{field}.{key}")) > 512:
+            raise invalid(f"{field}: keys have at most 64 characters, values 512; not so {key!r}", f"{field}.{key}")
+
+
+def _cache_options(value: Any, field: str) -> None:
+    data = check.mapping(value, field)
+    check.known_keys(data, ("mode", "ttl"), field)
+    if data.get("mode") is not None:
+        _only("implicit")(data["mode"], f"{field}.mode")
+    if data.get("ttl") is not None:
+        _only()(data["ttl"], f"{field}.ttl")
+
+
 # Fields of OpenAI's schema without effect here: any value of the right type, or only the one that asks for nothing.
 _NEUTRAL: dict[str, Callable[[Any, str], Any]] = {
     "audio": _only(),
     "function_call": _only("none", "auto"),
     "functions": _only([]),
-    "metadata": check.mapping,
+    "metadata": _labels,
     "modalities": _only(["text"]),
+    "moderation": _only(),
     "parallel_tool_calls": check.boolean,
-    "prediction": check.mapping,
+    "prediction": _only(),
+    # every prompt is cached, for as long as there is room
     "prompt_cache_key": check.string,
-    "prompt_cache_retention": check.string,
+    "prompt_cache_options": _cache_options,
+    "prompt_cache_retention": _only("in_memory", "24h"),
     "reasoning_effort": _only("none"),
     "safety_identifier": check.string,
     "service_tier": _only("auto", "default"),

@@ -19,6 +19,7 @@ class ShimOptions:
         probe_timeout_s: a probe without an answer for so long failed; two failed ones mean a dead stage.
         queue_allowance_s: how long a request may wait for its turn before it reaches the engine, beside the time
             that its media may take.
+        enable_cache_report: tell in the usage of an answer how many tokens of its prompt came from the prefix cache.
     """
 
     served_model_name: str
@@ -29,3 +30,4 @@ class ShimOptions:
     probe_interval_s: float = 1.0
     probe_timeout_s: float = 5.0
     queue_allowance_s: float = 60.0
+    enable_cache_report: bool = True

@@ -80,9 +80,13 @@ def _message(value: Any, where: str, blobs: list[bytes]) -> Message:
 def _part(value: Any, where: str, blobs: list[bytes]) -> Part:
     data = check.mapping(value, where)
     kind = data.get("type")
-    if kind == "text":
-        check.known_keys(data, ("type", "text"), where)
-        return TextPart(text(data.get("text"), f"{where}.text"))
+    if "prompt_cache_breakpoint" in data:
+        _check_breakpoint(data["prompt_cache_breakpoint"], f"{where}.prompt_cache_breakpoint")
+        data = {name: item for name, item in data.items() if name != "prompt_cache_breakpoint"}
+    # "refusal" is how a client gives back an answer of another server
+    if kind in ("text", "refusal"):
+        check.known_keys(data, ("type", kind), where)
+        return TextPart(text(data.get(kind), f"{where}.{kind}"))
     if kind == "image_url":
         return _image(data, where, blobs)
     if kind in ("video_url", "audio_url"):
@@ -90,7 +94,23 @@ def _part(value: Any, where: str, blobs: list[bytes]) -> Part:
         return _medium(kind.removesuffix("_url"), data, where, blobs)
     if kind == "input_audio":
         return _input_audio(data, where, blobs)
+    if kind == "file":
+        raise TriptychError(
+            ErrorKind.UNSUPPORTED,
+            f"{where}.type: files are not supported; send pages as pictures (image_url)",
+            f"{where}.type",
+        )
     raise invalid(f"{where}.type must be one of {', '.join(PART_TYPES)}, got {kind!r}", f"{where}.type")
+
+
+def _check_breakpoint(value: Any, where: str) -> None:
+    """Every block of a prompt is cached in any case; for how long cannot be promised."""
+    if value is None:
+        return
+    data = check.mapping(value, where)
+    check.known_keys(data, ("mode",), where)
+    if data.get("mode") != "explicit":
+        raise invalid(f"{where}.mode must be explicit, got {data.get('mode')!r}", f"{where}.mode")
 
 
 def _image(data: Mapping[str, Any], where: str, blobs: list[bytes]) -> MediaPart:
@@ -131,6 +151,9 @@ def _medium(modality: str, data: Mapping[str, Any], where: str, blobs: list[byte
     kind = f"{modality}_url"
     source = _source(data, kind, ("url", *MEDIA_OPTIONS[modality]), where)
     given = {name: value for name, value in source.items() if name != "url"}
+    if given.get("detail") == "original":
+        # no other resizing than the checkpoint's own
+        given["detail"] = "high"
     options = MediaOptions.from_json(modality, given, f"{where}.{kind}")
     return replace(_from_url(modality, source, f"{where}.{kind}.url", blobs), options=options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,9 @@ log = logging.getLogger("triptych.shim")
 
 WRITE_LIMIT_S = 60.0
 DONE = b"data: [DONE]\n\n"
+# Sizes of chunks with obfuscation are multiples of it, in bytes.
+_PAD = 64
+_IMPOSSIBLE = -9999.0
 _DELTA = b',"delta":{"content":'
 
 
@@ -79,6 +83,9 @@ class Completion:
         fingerprint: of this deployment.
         include_usage: whether a usage chunk ends the stream.
         n: number of choices.
+        include_obfuscation: bring the chunks to a multiple of :data:`_PAD` bytes with random characters.
+        service_tier: what the answer says of it; left out where the request did not ask.
+        cache_report: tell how many tokens of the prompt came from the prefix cache.
     """
 
     id: str
@@ -87,10 +94,13 @@ class Completion:
     fingerprint: str
     include_usage: bool = False
     n: int = 1
+    include_obfuscation: bool = False
+    service_tier: str | None = None
+    cache_report: bool = True
 
     def first_chunks(self) -> bytes:
         """The chunks that name the role of each choice."""
-        role = {"role": "assistant", "content": ""}
+        role = {"role": "assistant", "content": "", "refusal": None}
         return b"".join(self._chunk([self._choice(index, role)]) for index in range(self.n))
 
     def chunks(self, delta: Delta) -> bytes:
@@ -106,7 +116,7 @@ class Completion:
 
     def end(self, deltas: Iterable[Delta]) -> bytes:
         """What follows the end of the last choice: the usage, where asked for, and the end of the stream."""
-        return (self._chunk([], usage(_total(deltas))) if self.include_usage else b"") + DONE
+        return (self._chunk([], usage(_total(deltas), self.cache_report)) if self.include_usage else b"") + DONE
 
     def whole(self, deltas: Iterable[Delta]) -> dict[str, Any]:
         """The completion of a request that does not stream."""
@@ -117,26 +127,29 @@ class Completion:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []},
                 "logprobs": logprobs(choice.logprobs),
                 "finish_reason": choice.finish_reason,
                 "matched_stop": choice.matched_stop,
             }
             for index, choice in sorted(whole.items())
         ]
-        return self._head("chat.completion") | {"choices": choices, "usage": usage(_total(taken))}
+        return self._head("chat.completion") | {"choices": choices, "usage": usage(_total(taken), self.cache_report)}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {
+        head = {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
+        return head | {"service_tier": self.service_tier} if self.service_tier else head
 
     def _text_chunk(self, index: int, text: str) -> bytes:
         """As :meth:`_chunk` would write it: nearly every chunk is of this form, and most of it is always the same."""
+        if self.include_obfuscation:
+            return self._chunk([self._choice(index, {"content": text})])
         before, after = self._around
         return b"%s%d%s%s%s" % (before, index, _DELTA, json.dumps(text, ensure_ascii=False).encode(), after)
 
@@ -161,6 +174,9 @@ class Completion:
         data = self._head("chat.completion.chunk") | {"choices": choices}
         if self.include_usage:
             data["usage"] = total
+        if self.include_obfuscation:
+            data["obfuscation"] = ""
+            data["obfuscation"] = _noise(-len(event(data)) % _PAD)
         return event(data)
 
 
@@ -179,17 +195,34 @@ def error_event(error: TriptychError) -> bytes:
     return event(body_of(error))
 
 
-def usage(found: Usage) -> dict[str, Any]:
-    """OpenAI's usage object; image and video tokens beside its audio ones."""
+def _noise(length: int) -> str:
+    """Random letters and digits."""
+    return secrets.token_hex(length)[:length]
+
+
+def usage(found: Usage, cache_report: bool = True) -> dict[str, Any]:
+    """OpenAI's usage object; video tokens beside its other ones.
+
+    Args:
+        found: what the engine counted.
+        cache_report: tell how many tokens came from the prefix cache.
+    """
+    media = {
+        "audio_tokens": found.audio_tokens,
+        "image_tokens": found.image_tokens,
+        "video_tokens": found.video_tokens,
+    }
+    cached = {"cached_tokens": found.cached_tokens} if cache_report else {}
     return {
         "prompt_tokens": found.prompt_tokens,
         "completion_tokens": found.completion_tokens,
         "total_tokens": found.prompt_tokens + found.completion_tokens,
-        "prompt_tokens_details": {
-            "cached_tokens": found.cached_tokens,
-            "audio_tokens": found.audio_tokens,
-            "image_tokens": found.image_tokens,
-            "video_tokens": found.video_tokens,
+        "prompt_tokens_details": cached | {"text_tokens": found.prompt_tokens - sum(media.values())} | media,
+        "completion_tokens_details": {
+            "text_tokens": found.completion_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
         },
     }
 
@@ -200,7 +233,8 @@ def logprobs(items: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
         return None
 
     def entry(text: str, value: float, data: tuple[int, ...] | None) -> dict[str, Any]:
-        return {"token": text, "logprob": value, "bytes": None if data is None else list(data)}
+        # JSON has no infinity; this is OpenAI's word for a token that cannot be
+        return {"token": text, "logprob": max(value, _IMPOSSIBLE), "bytes": None if data is None else list(data)}
 
     content = [
         entry(item.text, item.logprob, item.data)

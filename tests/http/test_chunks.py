@@ -34,7 +34,12 @@ def test_first_chunk_names_the_role() -> None:
     [chunk] = events(completion().first_chunks())
     assert chunk["object"] == "chat.completion.chunk"
     assert chunk["choices"] == [
-        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": None,
+        }
     ]
     assert "usage" not in chunk
 
@@ -65,7 +70,19 @@ def test_last_delta_gives_text_finish_and_usage_apart() -> None:
         "prompt_tokens": 7,
         "completion_tokens": 2,
         "total_tokens": 9,
-        "prompt_tokens_details": {"cached_tokens": 3, "audio_tokens": 4, "image_tokens": 1, "video_tokens": 0},
+        "prompt_tokens_details": {
+            "cached_tokens": 3,
+            "text_tokens": 2,
+            "audio_tokens": 4,
+            "image_tokens": 1,
+            "video_tokens": 0,
+        },
+        "completion_tokens_details": {
+            "text_tokens": 2,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }
     assert {(chunk["id"], chunk["created"], chunk["system_fingerprint"]) for chunk in (text, finish, total)} == {
         ("chatcmpl-1", 17, "fp_1")
@@ -80,6 +97,41 @@ def test_the_short_way_to_write_a_chunk_is_the_same(include_usage: bool, text: s
     [other] = events(made._chunk([made._choice(7, {"content": text})]))
     assert chunk == other
     assert chunk["choices"][0]["delta"] == {"content": text}
+
+
+def test_obfuscated_chunks_do_not_tell_the_length_of_their_text() -> None:
+    made = Completion("chatcmpl-1", 17, "m", "fp_1", include_obfuscation=True)
+    one, long = (made.chunks(Delta(text, (1,))) for text in ("a", "a" * 30))
+    assert len(one) == len(long)
+    assert len(made.chunks(Delta("ü" * 99, (1,)))) % 64 == 0
+    [found] = events(one)
+    assert found["choices"][0]["delta"] == {"content": "a"}
+    assert found["obfuscation"] != events(made.chunks(Delta("a", (1,))))[0]["obfuscation"]
+    assert "obfuscation" not in events(completion().chunks(Delta("a", (1,))))[0]
+
+
+def test_the_service_tier_is_told_to_who_asked() -> None:
+    made = Completion("chatcmpl-1", 17, "m", "fp_1", service_tier="default")
+    assert [chunk["service_tier"] for chunk in events(made.first_chunks() + made.chunks(Delta("a", (1,))))] == [
+        "default",
+        "default",
+    ]
+    assert made.whole([Delta("a", (1,), (), "stop")])["service_tier"] == "default"
+    assert "service_tier" not in completion().whole([Delta("a", (1,), (), "stop")])
+
+
+def test_without_the_cache_report_nothing_is_told_of_the_cache() -> None:
+    made = Completion("chatcmpl-1", 17, "m", "fp_1", True, cache_report=False)
+    last = Delta("a", (1,), (), "stop", None, Usage(7, 3, 1))
+    assert "cached_tokens" not in made.whole([last])["usage"]["prompt_tokens_details"]
+    [total] = events(made.end([last]).removesuffix(sse.DONE))
+    assert "cached_tokens" not in total["usage"]["prompt_tokens_details"]
+
+
+def test_an_impossible_token_is_still_json() -> None:
+    never = TokenLogprob(5, "a", -0.5, None, ((6, "b", float("-inf"), None),))
+    [chunk] = events(completion().chunks(Delta("a", (5,), (never,))))
+    assert chunk["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["logprob"] == -9999.0
 
 
 def test_choices_have_chunks_of_their_own_and_one_usage() -> None:
@@ -122,7 +174,7 @@ def test_whole_completion() -> None:
     )
     assert whole["object"] == "chat.completion"
     [choice] = whole["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "ab", "refusal": None}
+    assert choice["message"] == {"role": "assistant", "content": "ab", "refusal": None, "annotations": []}
     assert (choice["finish_reason"], choice["matched_stop"], choice["logprobs"]) == ("length", None, None)
     assert whole["usage"]["total_tokens"] == 5
 
