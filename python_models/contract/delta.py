@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .timings import Timings
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -58,6 +60,7 @@ class Delta:
         usage: on the first delta, and on the one that ends a choice: counts of all choices of the request so far, so
             that the last delta of a request holds the final ones.
         index: choice number, below ``n`` of the sampling parameters.
+        timings: on the last delta of a request.
     """
 
     text: str = ""
@@ -67,6 +70,7 @@ class Delta:
     matched_stop: str | int | None = None
     usage: Usage | None = None
     index: int = 0
+    timings: Timings | None = None
 
     @property
     def is_heartbeat(self) -> bool:
@@ -84,7 +88,7 @@ class Delta:
         }
 
     def _info(self) -> str:
-        if self.usage is None and self.matched_stop is None and not self.logprobs:
+        if self.usage is None and self.matched_stop is None and not self.logprobs and self.timings is None:
             return ""
         info: dict[str, Any] = {}
         if self.usage is not None:
@@ -93,6 +97,8 @@ class Delta:
             info["matched_stop"] = self.matched_stop
         if self.logprobs:
             info["logprobs"] = [vars(item) for item in self.logprobs]
+        if self.timings is not None:
+            info["timings"] = self.timings.to_json()
         return json.dumps(info)
 
     @classmethod
@@ -118,6 +124,7 @@ class Delta:
             matched_stop=info.get("matched_stop"),
             usage=Usage(**info["usage"]) if "usage" in info else None,
             index=int(tensors["index"][0]),
+            timings=Timings.from_json(info["timings"]) if "timings" in info else None,
         )
 
 
@@ -139,6 +146,7 @@ def merge(first: Delta, second: Delta) -> Delta:
         second.matched_stop,
         second.usage if second.usage is not None else first.usage,
         first.index,
+        second.timings,
     )
 
 

@@ -29,7 +29,10 @@ METRICS = {
         MetricSpec("triptych_media_items_total", "counter", "Media handled", ("modality",)),
         MetricSpec("triptych_media_bytes_total", "counter", "Encoded bytes of media handled", ("modality",)),
         MetricSpec(
-            "triptych_media_decode_seconds", "histogram", "Fetch and decode of one medium", ("modality",), SECONDS
+            "triptych_media_fetch_seconds", "histogram", "Fetching one medium from its URL", ("modality",), SECONDS
+        ),
+        MetricSpec(
+            "triptych_media_decode_seconds", "histogram", "Decoding and hashing one medium", ("modality",), SECONDS
         ),
         MetricSpec("triptych_encoder_cache_hits_total", "counter", "Media served from the encoder cache"),
         MetricSpec("triptych_encoder_cache_misses_total", "counter", "Media that had to be encoded"),

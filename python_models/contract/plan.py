@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .sampling import SamplingParams
+from .timings import PreprocessTimes
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Plan:
         extras: what single families need to know of tokens beside: name -> an integer for each prompt token, or one
             for all (see ``Decoder.token_extras``).
         stop: strings that end the answer, beside those of ``sampling``.
+        times: what ``preprocess`` took, and when.
     """
 
     items: tuple[MediaItem, ...] = ()
@@ -87,6 +89,7 @@ class Plan:
     cache_salt: str = ""
     extras: dict[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    times: PreprocessTimes | None = None
 
     def to_json(self) -> str:
         """The ``plan`` tensor's text."""
@@ -110,6 +113,8 @@ class Plan:
         )
         data["sampling"] = SamplingParams.from_json(data["sampling"])
         data["stop"] = tuple(data.get("stop", ()))
+        if data.get("times") is not None:
+            data["times"] = PreprocessTimes.from_json(data["times"])
         return cls(**data)
 
 

@@ -97,7 +97,7 @@ DELTA = (
     TensorSpec("token_ids", INT32, (-1,), help="tokens since the last response"),
     TensorSpec("finish_reason", STRING, (1,), help="stop, length, or empty while running"),
     TensorSpec("index", INT32, (1,), help="choice number"),
-    TensorSpec("info", STRING, (1,), help="JSON: usage, logprobs, matched_stop; or empty"),
+    TensorSpec("info", STRING, (1,), help="JSON: usage, logprobs, matched_stop, timings; or empty"),
 )
 
 PREPROCESS = StageSpec(

@@ -116,6 +116,7 @@ class LanguageModelStage(Stage):
                 plan.timeout_s,
                 plan.priority,
                 plan.cache_salt,
+                plan.times,
             )
             self.engine.submit(submission)
         except TriptychError as error:

@@ -15,6 +15,7 @@ import numpy as np
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.request import MediaOptions, MediaPart
 from ..contract.settings import Settings
+from ..contract.timings import MediumTimes
 from ..families.base import Preprocessor
 from ..families.media_options import sampling_of
 from ..media.audio import NotForSoundfileError, read_with_soundfile, to_audio
@@ -40,10 +41,12 @@ class Loading:
     Attributes:
         pending: field names of media that are not decoded yet.
         held: bytes they take in memory.
+        times: of those that are decoded.
     """
 
     pending: set[str] = field(default_factory=set)
     held: int = 0
+    times: list[MediumTimes] = field(default_factory=list)
 
 
 class MediaLoader:
@@ -118,12 +121,13 @@ class MediaLoader:
             )
 
     async def _load(self, where: str, part: MediaPart, blob: bytes | None, loading: Loading) -> Medium:
-        start = time.monotonic()
+        start = fetched = time.time()
         try:
             if blob is None:
                 blob = await self._fetcher.fetch(
                     part.url or "", self._settings.mm_per_request_timeout, lambda size: self._hold(loading, size)
                 )
+                fetched = time.time()
             if not blob:
                 raise unreadable(f"the {part.modality} has 0 bytes")
             if len(blob) > self._settings.max_media_bytes:
@@ -147,7 +151,11 @@ class MediaLoader:
             ) from None
         self._telemetry.add("triptych_media_items_total", 1, modality=part.modality)
         self._telemetry.add("triptych_media_bytes_total", len(blob), modality=part.modality)
-        self._telemetry.observe("triptych_media_decode_seconds", time.monotonic() - start, modality=part.modality)
+        times = MediumTimes(part.modality, len(blob), start, fetched, time.time())
+        loading.times.append(times)
+        if part.blob is None:
+            self._telemetry.observe("triptych_media_fetch_seconds", fetched - start, modality=part.modality)
+        self._telemetry.observe("triptych_media_decode_seconds", times.decoded - fetched, modality=part.modality)
         loading.pending.discard(where)
         return Medium(part.modality, data, content, where, part.options)
 

@@ -24,6 +24,7 @@ from ..contract.features import pack
 from ..contract.plan import Plan
 from ..contract.request import ChatRequest
 from ..contract.settings import Settings
+from ..contract.timings import MediumTimes, PreprocessTimes
 from ..families.base import Prepared, Preprocessor, refuse_modality
 from ..media.fetch import Fetcher
 from ..media.pool import DecodePool
@@ -234,13 +235,14 @@ class PreprocessStage(Stage):
             job.responder.send(task.result(), final=True)
 
     async def _outputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        arrival = time.time()
         blobs = [item if isinstance(item, bytes) else bytes(item) for item in inputs.get("media") or ()]
         text = inputs["request"][0]
         request = await self._in(self._text_threads, lambda: ChatRequest.from_json(text, len(blobs)))
         parts = list(request.media())
         self._check(request, blobs)
         if not parts:
-            return await self._in(self._text_threads, lambda: self._prepare(request, []))
+            return await self._in(self._text_threads, lambda: self._prepare(request, [], arrival))
         if self._waiting >= self.settings.max_queued_requests:
             raise TriptychError(
                 ErrorKind.OVERLOADED,
@@ -252,7 +254,7 @@ class PreprocessStage(Stage):
         try:
             # prepare() and decoders cannot be interrupted: what they give after the deadline is dropped
             limit = self.settings.mm_per_request_timeout
-            return await asyncio.wait_for(self._with_media(request, blobs, loading), limit)
+            return await asyncio.wait_for(self._with_media(request, blobs, loading, arrival), limit)
         except asyncio.TimeoutError:
             late = TriptychError(
                 ErrorKind.TIMEOUT,
@@ -276,9 +278,11 @@ class PreprocessStage(Stage):
             self._waiting -= 1
             self.telemetry.add("triptych_requests_waiting", -1)
 
-    async def _with_media(self, request: ChatRequest, blobs: Sequence[bytes], loading: Loading) -> dict[str, Any]:
+    async def _with_media(
+        self, request: ChatRequest, blobs: Sequence[bytes], loading: Loading, arrival: float
+    ) -> dict[str, Any]:
         media = await self._loader.load(list(request.media()), blobs, loading)
-        return await self._in(self._media_threads, lambda: self._prepare(request, media))
+        return await self._in(self._media_threads, lambda: self._prepare(request, media, arrival, loading.times))
 
     def _check(self, request: ChatRequest, blobs: Sequence[bytes]) -> None:
         """Everything that can be known before any medium is touched."""
@@ -325,8 +329,11 @@ class PreprocessStage(Stage):
                 f"media[{min(unused)}]",
             )
 
-    def _prepare(self, request: ChatRequest, media: Sequence[Medium]) -> dict[str, Any]:
+    def _prepare(
+        self, request: ChatRequest, media: Sequence[Medium], arrival: float, times: Sequence[MediumTimes] = ()
+    ) -> dict[str, Any]:
         """Template, processor and packing, in a thread: the stage's output tensors."""
+        begin = time.time()
         prepared = self._preprocessor.prepare(request.messages, media, request.template)
         length = int(prepared.input_ids.shape[0])
         if length >= self._context_length:
@@ -336,13 +343,13 @@ class PreprocessStage(Stage):
                 "the answer needs at least one",
                 "messages",
             )
-        return _tensors(request, prepared)
+        return _tensors(request, prepared, PreprocessTimes(arrival, tuple(times), begin, time.time()))
 
     async def _in(self, threads: Executor, work: Callable[[], _T]) -> _T:
         return await self._loop.run_in_executor(threads, work)
 
 
-def _tensors(request: ChatRequest, prepared: Prepared) -> dict[str, Any]:
+def _tensors(request: ChatRequest, prepared: Prepared, times: PreprocessTimes) -> dict[str, Any]:
     """The output tensors of contract/tensors.py; an encoder with nothing to do gets none."""
     plan = Plan(
         items=prepared.items,
@@ -355,6 +362,7 @@ def _tensors(request: ChatRequest, prepared: Prepared) -> dict[str, Any]:
         cache_salt=request.cache_salt,
         extras=prepared.extras,
         stop=prepared.stop,
+        times=times,
     )
     tensors: dict[str, Any] = {
         "input_ids": np.ascontiguousarray(prepared.input_ids, dtype=np.int32),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from ...contract.errors import ErrorKind, TriptychError
 from ...contract.sampling import SamplingParams
+from ...contract.timings import PreprocessTimes
 from ...stage import Responder
 from .config import EngineConfig
 from .delivery import Answer, Delivery
@@ -28,6 +30,7 @@ class Submission:
         timeout_s: it ends after this long; None takes the engine's.
         priority: higher ones are served first.
         cache_salt: it shares the prefix cache only with requests of the same.
+        before: when the stage that made the prompt did what.
     """
 
     request_id: str
@@ -39,6 +42,7 @@ class Submission:
     timeout_s: float | None = None
     priority: int = 0
     cache_salt: str = ""
+    before: PreprocessTimes | None = None
 
 
 class Admission:
@@ -86,6 +90,8 @@ class Admission:
             arrival=now,
             renewed=now,
             last_sent=now,
+            unix_arrival=time.time(),
+            before=submission.before,
         )
         seed = draw_seed() if params.seed is None else params.seed
         # without a prefix cache the choices of one prompt still share it, among themselves

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ...contract.delta import Delta, TokenLogprob, Usage
 from ...contract.errors import TriptychError
 from ...contract.sampling import SamplingParams
+from ...contract.timings import PreprocessTimes, Timings
 from ...stage import Responder, Telemetry
 from .detokenizer import Detokenizer, Tokenizer, Vocabulary
 from .request import Prompt, Request
@@ -25,6 +26,9 @@ class Answer:
         request_id, prompt, sampling, responder, stream, lease_s: as submitted.
         timeout_s: it ends after this long.
         arrival, renewed, last_sent: times of the engine's clock.
+        unix_arrival: ``arrival`` as Unix time.
+        before: of the stage that made the prompt.
+        first_token: when the first choice's came.
         choices: a request for each choice.
         num_open: choices that have not ended.
         done: its last answer is out.
@@ -40,6 +44,9 @@ class Answer:
     arrival: float
     renewed: float
     last_sent: float
+    unix_arrival: float
+    before: PreprocessTimes | None = None
+    first_token: float = 0.0
     choices: list[Request] = field(default_factory=list)
     num_open: int = 0
     done: bool = False
@@ -57,6 +64,13 @@ class Answer:
             video_tokens=rows["video"],
             audio_tokens=rows["audio"],
         )
+
+    def timings(self, now: float) -> Timings:
+        """Where its time went, at the end; ``now`` of the engine's clock."""
+        offset = self.unix_arrival - self.arrival
+        admitted = self.choices[0].admitted
+        assert admitted is not None
+        return Timings(self.before, self.unix_arrival, admitted + offset, self.first_token + offset, now + offset)
 
     def deliver(self, content: Delta | TriptychError, final: bool = False) -> bool:
         """Hand something to the responder; False where that raised."""
@@ -129,16 +143,17 @@ class Delivery:
                 choice.ended = True
                 break
         self._measure(request, choice, len(ids), now)
+        timings = answer.timings(now) if finish and answer.num_open == 1 else None
         if answer.stream:
             usage = answer.usage() if finish else None
-            return Delta(text, tuple(ids), tuple(logprobs), finish, matched, usage, request.index)
+            return Delta(text, tuple(ids), tuple(logprobs), finish, matched, usage, request.index, timings)
         choice.text.append(text)
         choice.logprobs.extend(logprobs)
         if not finish:
             return None
         whole = tuple(request.output_ids[: choice.num_output])
         known = tuple(choice.logprobs)
-        return Delta("".join(choice.text), whole, known, finish, matched, answer.usage(), request.index)
+        return Delta("".join(choice.text), whole, known, finish, matched, answer.usage(), request.index, timings)
 
     def flush(self) -> None:
         """Report what was counted since the last time."""
@@ -174,6 +189,7 @@ class Delivery:
             for _ in range(count):
                 self._telemetry.observe("triptych_inter_token_seconds", gap)
         elif request.index == 0:
+            choice.answer.first_token = now
             self._telemetry.add("triptych_prompt_tokens_total", request.num_prompt)
             if request.num_cached:
                 self._telemetry.add("triptych_cached_tokens_total", request.num_cached)

@@ -104,6 +104,9 @@ class Pipeline:
             previous = None
         began = self._clock()
         plan = scheduler.plan()
+        for request in plan.admitted:
+            if request.admitted is None:
+                request.admitted = began
         if not plan.work:
             if previous is not None:
                 self._finish(scheduler, previous)

@@ -174,6 +174,8 @@ class Request:
     slot: int = -1
     seating: int = 0
     """Counts how often the request lost its blocks; what was computed in earlier ones is not in the present ones."""
+    admitted: float | None = None
+    """Time of the engine's clock when it first got a place among the running ones."""
     seated_at: int = 0
     """The step in which it got the present ones."""
     num_hit: int = 0

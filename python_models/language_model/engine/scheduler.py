@@ -25,10 +25,12 @@ class StepPlan:
     Attributes:
         work: what it computes, the decodes first.
         preempted: requests that lost their blocks to others and will be computed again.
+        admitted: requests that got a place among the running ones.
     """
 
     work: Sequence[Work]
     preempted: tuple[Request, ...] = ()
+    admitted: tuple[Request, ...] = ()
 
     @property
     def tokens(self) -> Mapping[Request, int]:
@@ -69,6 +71,7 @@ class Scheduler:
         self._added = 0
         self._step = 0
         self._preempted: list[Request] = []
+        self._admitted: list[Request] = []
 
     @property
     def usage(self) -> float:
@@ -105,6 +108,7 @@ class Scheduler:
         """Decide the next step, preempting and admitting as needed."""
         self._step += 1
         self._preempted = []
+        self._admitted = []
         counts: dict[Request, int] = {}
         prompts: list[Request] = []
         guessing: list[Request] = []
@@ -141,7 +145,7 @@ class Scheduler:
         if self.snapshots is not None:
             for one in work:
                 self.snapshots.note(one)
-        return StepPlan(work, tuple(self._preempted))
+        return StepPlan(work, tuple(self._preempted), tuple(self._admitted))
 
     def again(self, work: Work) -> Work:
         """The same work, after :meth:`Work.undo`, as the request stands now."""
@@ -257,6 +261,7 @@ class Scheduler:
             self.waiting.remove(request)
             request.slot = self._slots.pop()
             request.seated_at = self._step
+            self._admitted.append(request)
             bisect.insort(self.running, request, key=_rank)
             if request.num_pending > 1:
                 bisect.insort(prompts, request, key=_rank)
