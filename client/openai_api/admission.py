@@ -25,13 +25,19 @@ class Admission:
         Raises:
             TriptychError: OVERLOADED.
         """
-        if self.requests >= self.max_requests:
-            raise TriptychError(
-                ErrorKind.OVERLOADED,
-                f"the server already handles {self.requests} requests, its limit; try again in a moment",
-            )
+        if error := self.why_full():
+            raise error
         self.requests += 1
         return Ticket(self)
+
+    def why_full(self) -> TriptychError | None:
+        """The error for one request more, or None while there is room."""
+        if self.requests < self.max_requests:
+            return None
+        return TriptychError(
+            ErrorKind.OVERLOADED,
+            f"the server already handles {self.requests} requests, its limit; try again in a moment",
+        )
 
 
 class Ticket:

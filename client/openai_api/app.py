@@ -1,20 +1,24 @@
-"""The FastAPI application: routes, life cycle and error handlers."""
+"""The FastAPI application: routes, what every request passes through, life cycle and error handlers."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
-from triptych.python_models.contract.errors import ErrorKind, TriptychError
+from triptych.python_models.contract.errors import TriptychError
 
-from . import errors, metrics
+from . import errors, models, system
 from .chat import chat_completions
-from .fields import ANY_MODEL
+from .documentation import document
+from .drain import Gate
+from .keys import RequireKey
 from .middleware import RequestContext
 from .service import Service
 
@@ -28,63 +32,41 @@ def create_app(service: Service) -> FastAPI:
         await service.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    app.add_middleware(RequestContext, metrics=service.metrics)
+    _add_middleware(app, service)
     app.add_exception_handler(TriptychError, errors.on_triptych_error)
     app.add_exception_handler(HTTPException, errors.on_http_error)
-    app.add_exception_handler(Exception, errors.on_unexpected)
 
     # The response model would be built from the annotation, and there is none: bodies are checked and written by hand.
     @app.post("/v1/chat/completions", response_model=None)
     async def completions(request: Request) -> Response:
         return await chat_completions(request, service)
 
-    @app.get("/v1/models", response_model=None)
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(service)]}
+    app.include_router(models.router(service))
+    app.include_router(system.router(service))
 
-    @app.get("/v1/models/{name:path}", response_model=None)
-    async def model(name: str) -> dict[str, Any]:
-        if name not in (service.options.served_model_name, ANY_MODEL):
-            raise TriptychError(
-                ErrorKind.MODEL_NOT_FOUND,
-                f"model {name!r} does not exist; this server has {service.options.served_model_name!r}",
-                "model",
-            )
-        return _card(service)
+    @functools.cache
+    def described() -> dict[str, Any]:
+        return document(app, bool(service.options.api_keys))
 
-    @app.get("/health", response_model=None)
-    async def health() -> Response:
-        states = service.monitor.states if service.monitor is not None else {}
-        body: dict[str, Any] = {"status": "ok", "stages": {name: state.up for name, state in states.items()}}
-        error = service.unavailable()
-        if error is None:
-            return JSONResponse(body)
-        return JSONResponse(
-            body | {"status": "unavailable"} | errors.body_of(error),
-            503,
-            {"retry-after": str(errors.RETRY_AFTER_S)},
-        )
-
-    @app.get("/metrics", response_model=None)
-    async def scrape() -> Response:
-        service.refresh_gauges()
-        text = service.metrics.text()
-        if service.metrics_url:
-            text += await metrics.triton_metrics(service.metrics_url)
-        return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
+    @app.get("/openapi.json", include_in_schema=False, response_model=None)
+    async def openapi() -> dict[str, Any]:
+        return described()
 
     return app
 
 
-def _card(service: Service) -> dict[str, Any]:
-    card: dict[str, Any] = {
-        "id": service.options.served_model_name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "triptych",
-    }
-    if service.settings is not None:
-        card["root"] = service.settings.model
-        if service.settings.context_length:
-            card["max_model_len"] = service.settings.context_length
-    return card
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    """What every request passes through; the last one is the first."""
+    options = service.options
+    app.add_middleware(Gate, traffic=service.traffic)
+    if options.api_keys:
+        app.add_middleware(RequireKey, keys=options.api_keys)
+    app.add_middleware(RequestContext, metrics=service.metrics, traffic=service.traffic)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+        )

@@ -17,7 +17,13 @@ RETRY_AFTER_S = 2
 _SAMPLING = re.compile(r"\bsampling\.(?=[a-z])")
 # "grammar" is a plain word too, so only where a message begins with it.
 _FIELDS = {"max_tokens": r"\bmax_tokens\b", "grammar": r"^grammar(\.value)?\b"}
-_HTTP_CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_HTTP_CODES = {
+    400: "invalid_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+}
 
 
 def in_openai_words(error: TriptychError, names: Mapping[str, str] | None = None) -> TriptychError:
@@ -68,17 +74,16 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     path = f"{request.method} {request.url.path}"
     message = {
-        404: f"there is no {path}; this server has /v1/chat/completions, /v1/models, /health and /metrics",
+        404: f"there is no {path}; GET /openapi.json lists what there is",
         405: f"{path} is not allowed; allowed: {(error.headers or {}).get('Allow', '')}",
     }.get(error.status_code, str(error.detail))
     code = _HTTP_CODES.get(error.status_code, "invalid_request")
     return JSONResponse(error_object(message, error.status_code, None, code), error.status_code, error.headers)
 
 
-async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
-    """Exception handler for a fault of the shim itself; the framework logs the traceback."""
-    failed = TriptychError(ErrorKind.STAGE_FAILED, f"the HTTP endpoint failed: {type(error).__name__}")
-    return answer_to(failed)
+def unexpected(error: Exception) -> TriptychError:
+    """A fault of the shim itself, without what it says: that may hold what a request held."""
+    return TriptychError(ErrorKind.STAGE_FAILED, f"the HTTP endpoint failed: {type(error).__name__}")
 
 
 def _encodable(text: str) -> str:

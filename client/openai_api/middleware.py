@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .drain import Traffic
+from .errors import answer_to, unexpected
 from .metrics import ShimMetrics
+
+log = logging.getLogger("triptych.shim")
 
 CLIENT_CLOSED = 499
 
@@ -18,12 +23,16 @@ _USABLE_ID = re.compile(r"[!-~]{1,128}")
 class RequestContext:
     """Pure ASGI: takes or makes ``X-Request-Id``, returns it, counts the request by route and status.
 
+    A fault of the shim is answered here, so that its answer has these headers too. While the server drains, every
+    answer ends its connection: its client asks elsewhere next time.
+
     Not a ``BaseHTTPMiddleware``: that one runs the endpoint in another task and hides disconnects from streams.
     """
 
-    def __init__(self, app: ASGIApp, metrics: ShimMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ShimMetrics, traffic: Traffic) -> None:
         self.app = app
         self.metrics = metrics
+        self.traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -33,19 +42,28 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _USABLE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 500
+        status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if self.traffic.closing:
+                    headers["connection"] = "close"
             await send(message)
 
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            # with an answer under way all that is left is to end the connection, as the server does then
+            if status:
+                raise
+            log.exception("request %s failed", request_id)
+            await answer_to(unexpected(error))(scope, receive, send_with_id)
         finally:
             if scope["state"].get("client_closed"):
                 status = CLIENT_CLOSED
             route = scope.get("route")
-            self.metrics.requests.labels(getattr(route, "path", "unknown"), str(status)).inc()
+            self.metrics.requests.labels(getattr(route, "path", "unknown"), str(status or CLIENT_CLOSED)).inc()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .keys import ApiKeys
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,8 @@ class ShimOptions:
         queue_allowance_s: how long a request may wait for its turn before it reaches the engine, beside the time
             that its media may take.
         enable_cache_report: tell in the usage of an answer how many tokens of its prompt came from the prefix cache.
+        api_keys: who may ask; none: everybody.
+        allowed_origins: origins of web pages whose scripts may ask ("*": any).
     """
 
     served_model_name: str
@@ -31,3 +35,5 @@ class ShimOptions:
     probe_timeout_s: float = 5.0
     queue_allowance_s: float = 60.0
     enable_cache_report: bool = True
+    api_keys: ApiKeys = field(default_factory=ApiKeys)
+    allowed_origins: tuple[str, ...] = ()

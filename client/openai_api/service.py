@@ -17,6 +17,7 @@ from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import ENSEMBLES, LANGUAGE_MODEL, STAGES
 
 from .admission import Admission
+from .drain import Traffic
 from .generation import Generation
 from .metrics import ShimMetrics
 from .monitor import Monitor
@@ -39,7 +40,10 @@ class Service:
         self.options = options
         self.metrics = ShimMetrics()
         self.admission = Admission(options.max_inflight_requests, options.max_inflight_bytes)
+        self.traffic = Traffic()
         self.settings: Settings | None = None
+        # the Triton server's
+        self.triton_version: str | None = None
         self.metrics_url = ""
         # "system_fingerprint" of answers: changes with the model and its settings.
         self.fingerprint = ""
@@ -64,6 +68,7 @@ class Service:
         triton = Triton(grpc_url)
         try:
             self.settings = await triton.settings()
+            self.triton_version = await triton.version()
             stages = await triton.stages()
             for stage in stages:
                 await triton.control(stage, timeout_s=30.0)

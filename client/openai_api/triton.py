@@ -99,6 +99,18 @@ class Triton:
             raise rpc_error(error) from None
         return wire.settings_of(answer)
 
+    async def version(self) -> str:
+        """The server's own version.
+
+        Raises:
+            TriptychError: where the server cannot be reached.
+        """
+        try:
+            answer = await self._stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=10.0)
+        except grpc.RpcError as error:
+            raise rpc_error(error) from None
+        return str(answer.version)
+
     async def stages(self) -> list[str]:
         """The stages that this server has loaded.
 
