@@ -25,9 +25,9 @@ from ..media.types import Image, Medium
 from . import composite
 from .checkpoint import Checkpoint
 from .deepseek_published import CONTROL_TOKENS, dense_text_config, load_tokenizer, processor_options
-from .deepseek_vl import SquareEncoder
 from .loading import model_class
 from .pixels import RAW, check_bytes, normalisation
+from .squares import SquareEncoder
 from .templates import TEMPLATES
 from .transformers_encoder import TransformersEncoder
 from .transformers_family import TransformersFamily

@@ -11,69 +11,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...kernels.image import normalise_patches
 from ..contract.features import EncoderItem
 from ..contract.settings import Settings
-from ..media.types import Image, Medium
+from ..media.types import Medium
 from .checkpoint import Checkpoint
-from .pixels import RAW, check_bytes, normalisation
-from .squares import SquarePictures, square_features, square_of
+from .squares import SquareEncoder, SquarePreprocessor
 from .transformers_encoder import TransformersEncoder
 from .transformers_family import TransformersFamily
-from .transformers_preprocessor import Tensors, TransformersPreprocessor
-
-
-class SquarePreprocessor(TransformersPreprocessor):
-    """Pictures that are one square each, through JanusImageProcessor and its kin."""
-
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
-        super().__init__(checkpoint, settings, model, encoders)
-        check_bytes(self.processor.image_processor)
-        self._mean, self._std = normalisation(self.processor.image_processor, "image")
-        self._rows = int(self.processor.num_image_tokens)
-        if settings.gpu_preprocessing == "on":
-            self.processor.image_processor = SquarePictures.before(self.processor.image_processor)
-
-    def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
-        """Pixels stay uint8."""
-        images = [m.data.pixels for m in media["image"] if isinstance(m.data, Image)]
-        return {"images": images, "images_kwargs": dict(RAW)}
-
-    def split_features(
-        self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
-    ) -> dict[str, list[Tensors]]:
-        """Per picture: ``pixels`` uint8 [channels, side, side], ``mean``, ``std``.
-
-        A picture that the encoder resizes has the tensors of :meth:`.squares.SquarePictures.tensors` for its pixels.
-        """
-        return {"image": square_features(batch["pixel_values"], media["image"], self.processor, self._mean, self._std)}
-
-    def num_rows(self, modality: str, tensors: Tensors) -> int:
-        """The same for every picture."""
-        return self._rows
-
-
-class SquareEncoder(TransformersEncoder):
-    """A tower over squares, and its projector."""
-
-    def features(self, modality: str, items: Sequence[EncoderItem]) -> Any:
-        """All pictures in one run of the tower."""
-        pixels = torch.cat([self._pixels(item) for item in items])
-        return self.base.get_image_features(pixels, return_dict=True).pooler_output
-
-    def _pixels(self, item: EncoderItem) -> torch.Tensor:
-        """[1, channels, side, side] in the tower's dtype."""
-        return self._normalise(item, square_of(item, self.to_device), "mean", "std")[None]
-
-    def normalised(self, item: EncoderItem, pixels: str, mean: str, std: str) -> torch.Tensor:
-        """A tensor of an item, uint8 [..., channels, height, width], in the tower's dtype."""
-        return self._normalise(item, self.to_device(item.tensors[pixels]), mean, std)
-
-    def _normalise(self, item: EncoderItem, square: torch.Tensor, mean: str, std: str) -> torch.Tensor:
-        # to the kernel a picture is one patch of one frame
-        patches = square.reshape(-1, square.shape[-3], 1, square.shape[-2] * square.shape[-1])
-        values, deviations = self.to_device(item.tensors[mean]), self.to_device(item.tensors[std])
-        return normalise_patches(patches, values, deviations, 1, self.dtype).view(square.shape)
+from .transformers_preprocessor import Tensors
 
 
 class DeepseekVL(TransformersFamily):

@@ -26,10 +26,10 @@ from .checkpoint import Checkpoint
 from .composite import Composite, CompositeConfig, CompositeFamily, chat_template, required, text_config
 from .deepseek_ocr import DeepseekOcr, PublishedDeepseekOcr2
 from .deepseek_published import CONTROL_TOKENS, IMAGE_TOKEN, dense_text_config, load_tokenizer, processor_options
-from .deepseek_vl import SquareEncoder
 from .deepseek_vl2_processing import DeepseekVL2Processor, Tiling
 from .loading import model_class
 from .pixels import normalisation
+from .squares import SquareEncoder
 from .templates import TEMPLATES
 from .timm_names import timm_rules
 from .transformers_encoder import TransformersEncoder

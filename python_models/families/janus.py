@@ -19,8 +19,8 @@ from ..contract.errors import ErrorKind, TriptychError
 from ..contract.settings import Settings
 from . import composite
 from .deepseek_published import processor_options
-from .deepseek_vl import SquareEncoder, SquarePreprocessor
 from .loading import model_class
+from .squares import SquareEncoder, SquarePreprocessor
 from .templates import TEMPLATES
 from .timm_names import timm_rules
 from .transformers_encoder import TransformersEncoder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,19 +76,9 @@ def take_pictures_in_place(processor: Any) -> bool:
     def results() -> list[dict[str, Any]]:
         return [dict(processor([picture], return_tensors="pt", **RAW)) for picture in pictures]
 
-    expected = results()
     if not isinstance(processor.process_image(pictures[0]), torch.Tensor):
         return False
-    _derive(processor, process_image=process_image)
-    try:
-        found = results()
-    except (RuntimeError, ValueError, TypeError):
-        processor.__class__ = own
-        return False
-    if all(equal(one, other) for one, other in zip(found, expected, strict=True)):
-        return True
-    processor.__class__ = own
-    return False
+    return _derive_if_equal(processor, results, process_image=process_image)
 
 
 def take_videos_in_place(processor: Any) -> bool:
@@ -109,17 +99,7 @@ def take_videos_in_place(processor: Any) -> bool:
     def results() -> list[dict[str, Any]]:
         return [dict(processor([clip], **options)) for clip in clips]
 
-    expected = results()
-    _derive(processor, _prepare_input_videos=prepare)
-    try:
-        found = results()
-    except (RuntimeError, ValueError, TypeError):
-        processor.__class__ = own
-        return False
-    if all(equal(one, other) for one, other in zip(found, expected, strict=True)):
-        return True
-    processor.__class__ = own
-    return False
+    return _derive_if_equal(processor, results, _prepare_input_videos=prepare)
 
 
 def keep_pictures_whole(processor: Any) -> bool:
@@ -257,6 +237,19 @@ def _derive(processor: Any, **methods: Any) -> None:
     """
     own = type(processor)
     processor.__class__ = type(own.__name__, (own,), {**methods, "__module__": own.__module__})
+
+
+def _derive_if_equal(processor: Any, results: Callable[[], Any], **methods: Any) -> bool:
+    """The same if its results stay what they are, bit for bit; otherwise it is left as it was."""
+    own, expected = type(processor), results()
+    _derive(processor, **methods)
+    try:
+        if equal(results(), expected):
+            return True
+    except (RuntimeError, ValueError, TypeError):
+        pass  # its own code cannot work on what the new methods give
+    processor.__class__ = own
+    return False
 
 
 def _origin(processor: Any) -> type:

@@ -1,18 +1,26 @@
-"""Pictures that a processor puts into one square, resized by the encoder instead: on a GPU, where there is one."""
+"""Pictures that a processor puts into one square each; resized by the encoder instead where there is a GPU.
+
+Squares travel as uint8; the encoder normalises them, bit for bit as the processor would.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
+from ...kernels.image import normalise_patches
 from ..contract.features import EncoderItem
+from ..contract.settings import Settings
 from ..media.types import Image, Medium
-from .pixels import RAW, equal, probe, resized, small_enough
+from .checkpoint import Checkpoint
+from .pixels import RAW, check_bytes, equal, normalisation, probe, resized, small_enough
+from .transformers_encoder import TransformersEncoder
+from .transformers_preprocessor import Tensors, TransformersPreprocessor
 
 _MODES = {int(PILImage.Resampling.BILINEAR): "bilinear", int(PILImage.Resampling.BICUBIC): "bicubic"}
 _STEPS = 2
@@ -126,3 +134,63 @@ def square_of(item: EncoderItem, to_device: Callable[[NDArray[np.generic]], torc
         return to_device(item.tensors["pixels"])
     place = torch.from_numpy(np.array(item.tensors["place"]))
     return in_square(to_device(item.tensors["picture"]), place, to_device(item.tensors["colour"]))
+
+
+class SquarePreprocessor(TransformersPreprocessor):
+    """Pictures that are one square each and a fixed number of tokens."""
+
+    settled: ClassVar[Collection[str]] = ()
+    """See :meth:`SquarePictures.before`."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, model: Any, encoders: Mapping[str, str]) -> None:
+        super().__init__(checkpoint, settings, model, encoders)
+        check_bytes(self.processor.image_processor)
+        self._mean, self._std = normalisation(self.processor.image_processor, "image")
+        self._rows = self.tokens_per_picture()
+        if settings.gpu_preprocessing == "on":
+            self.processor.image_processor = SquarePictures.before(self.processor.image_processor, self.settled)
+
+    def tokens_per_picture(self) -> int:
+        """As the processor says it."""
+        return int(self.processor.num_image_tokens)
+
+    def processor_arguments(self, media: Mapping[str, Sequence[Medium]]) -> dict[str, Any]:
+        """Pixels stay uint8."""
+        images = [m.data.pixels for m in media["image"] if isinstance(m.data, Image)]
+        return {"images": images, "images_kwargs": dict(RAW)}
+
+    def split_features(
+        self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
+    ) -> dict[str, list[Tensors]]:
+        """Per picture: ``pixels`` uint8 [channels, side, side], ``mean``, ``std``.
+
+        A picture that the encoder resizes has the tensors of :meth:`.squares.SquarePictures.tensors` for its pixels.
+        """
+        return {"image": square_features(batch["pixel_values"], media["image"], self.processor, self._mean, self._std)}
+
+    def num_rows(self, modality: str, tensors: Tensors) -> int:
+        """The same for every picture."""
+        return self._rows
+
+
+class SquareEncoder(TransformersEncoder):
+    """A tower over squares, and its projector."""
+
+    def features(self, modality: str, items: Sequence[EncoderItem]) -> Any:
+        """All pictures in one run of the tower."""
+        pixels = torch.cat([self._pixels(item) for item in items])
+        return self.base.get_image_features(pixels, return_dict=True).pooler_output
+
+    def _pixels(self, item: EncoderItem) -> torch.Tensor:
+        """[1, channels, side, side] in the tower's dtype."""
+        return self._normalise(item, square_of(item, self.to_device), "mean", "std")[None]
+
+    def normalised(self, item: EncoderItem, pixels: str, mean: str, std: str) -> torch.Tensor:
+        """A tensor of an item, uint8 [..., channels, height, width], in the tower's dtype."""
+        return self._normalise(item, self.to_device(item.tensors[pixels]), mean, std)
+
+    def _normalise(self, item: EncoderItem, square: torch.Tensor, mean: str, std: str) -> torch.Tensor:
+        # to the kernel a picture is one patch of one frame
+        patches = square.reshape(-1, square.shape[-3], 1, square.shape[-2] * square.shape[-1])
+        values, deviations = self.to_device(item.tensors[mean]), self.to_device(item.tensors[std])
+        return normalise_patches(patches, values, deviations, 1, self.dtype).view(square.shape)
