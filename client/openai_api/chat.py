@@ -80,6 +80,7 @@ class _Run:
             call.stream_options.include_obfuscation,
             call.service_tier,
             service.options.enable_cache_report,
+            arrival if call.return_timings else None,
         )
         self._watch = asyncio.create_task(_until_gone(request, self._generation, service))
 

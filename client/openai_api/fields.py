@@ -34,7 +34,7 @@ _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
 # What the chat template gets; the last one is SGLang's and vLLM's name.
 _TEMPLATE = ("tools", "tool_choice", "chat_template_kwargs")
 _OWN = (
-    *("model", "messages", "stream", "stream_options", "priority", "cache_salt"),
+    *("model", "messages", "stream", "stream_options", "priority", "cache_salt", "return_timings"),
     *(*_GRAMMARS, *_TOKEN_LIMITS, *_TEMPLATE),
 )
 
@@ -62,6 +62,7 @@ class ChatCall:
         stream_options: what the stream holds beside the answer.
         names: what the body calls fields of the contract that have other names there, for error messages.
         service_tier: what the answer says of it: null where the request did not ask.
+        return_timings: say at the end what the time went to.
     """
 
     request: ChatRequest
@@ -69,6 +70,7 @@ class ChatCall:
     stream_options: StreamOptions
     names: Mapping[str, str]
     service_tier: str | None = None
+    return_timings: bool = False
 
 
 def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
@@ -103,7 +105,7 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
         template=_template(data),
     )
     tier = None if data.get("service_tier") is None else "default"
-    return ChatCall(request, tuple(blobs), stream_options, names, tier)
+    return ChatCall(request, tuple(blobs), stream_options, names, tier, _optional_boolean(data, "return_timings"))
 
 
 def _object(body: bytes) -> Mapping[str, Any]:

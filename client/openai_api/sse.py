@@ -17,6 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage, put
 from triptych.python_models.contract.errors import TriptychError
 
+from . import timings
 from .errors import body_of
 
 log = logging.getLogger("triptych.shim")
@@ -86,6 +87,7 @@ class Completion:
         include_obfuscation: bring the chunks to a multiple of :data:`_PAD` bytes with random characters.
         service_tier: what the answer says of it; left out where the request did not ask.
         cache_report: tell how many tokens of the prompt came from the prefix cache.
+        timed_from: when the request came, by ``time.perf_counter``, where it asks what the time went to; else None.
     """
 
     id: str
@@ -97,6 +99,7 @@ class Completion:
     include_obfuscation: bool = False
     service_tier: str | None = None
     cache_report: bool = True
+    timed_from: float | None = None
 
     def first_chunks(self) -> bytes:
         """The chunks that name the role of each choice."""
@@ -115,8 +118,12 @@ class Completion:
         return out
 
     def end(self, deltas: Iterable[Delta]) -> bytes:
-        """What follows the end of the last choice: the usage, where asked for, and the end of the stream."""
-        return (self._chunk([], usage(_total(deltas), self.cache_report)) if self.include_usage else b"") + DONE
+        """What follows the end of the last choice: a chunk of usage and timings, where asked for, and the end."""
+        found = list(deltas)
+        timed = self._timings(found)
+        if not (self.include_usage or timed):
+            return DONE
+        return self._chunk([], usage(_total(found), self.cache_report), timed) + DONE
 
     def whole(self, deltas: Iterable[Delta]) -> dict[str, Any]:
         """The completion of a request that does not stream."""
@@ -134,7 +141,11 @@ class Completion:
             }
             for index, choice in sorted(whole.items())
         ]
-        return self._head("chat.completion") | {"choices": choices, "usage": usage(_total(taken), self.cache_report)}
+        body = self._head("chat.completion") | {"choices": choices, "usage": usage(_total(taken), self.cache_report)}
+        return body | self._timings(taken)
+
+    def _timings(self, deltas: Iterable[Delta]) -> dict[str, Any]:
+        return {} if self.timed_from is None else {"timings": timings.report(deltas, self.timed_from, self.n)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         head = {
@@ -170,8 +181,13 @@ class Completion:
         choice = {"index": index, "delta": delta, "logprobs": found, "finish_reason": finish_reason}
         return choice | {"matched_stop": matched_stop} if finish_reason else choice
 
-    def _chunk(self, choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> bytes:
-        data = self._head("chat.completion.chunk") | {"choices": choices}
+    def _chunk(
+        self,
+        choices: list[dict[str, Any]],
+        total: dict[str, Any] | None = None,
+        timed: dict[str, Any] | None = None,
+    ) -> bytes:
+        data = self._head("chat.completion.chunk") | {"choices": choices} | (timed or {})
         if self.include_usage:
             data["usage"] = total
         if self.include_obfuscation:
