@@ -7,13 +7,19 @@ http(s) URL that ``preprocess`` fetches::
                                                {"type": "audio", "url": "https://example.com/a.wav"},
                                                {"type": "text", "text": "What is this?"}]}],
      "sampling": {"max_tokens": 64, "temperature": 0}, "stream": true, "lease_s": 10}
+
+In place of ``messages`` a request may have a ``prompt`` that no chat template is applied to, as text or token ids, with
+its media beside it::
+
+    {"prompt": {"text": "<|vision_start|><|image_pad|><|vision_end|>A picture of", "media": [{"type": "image",
+     "blob": 0}]}}
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -26,7 +32,9 @@ MODALITIES = ("image", "video", "audio")
 MAX_SALT = 256
 MAX_TOOLS = 128
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_FIELDS = ("messages", "sampling", "stream", "tools", "chat_template_kwargs")
+MAX_PROMPT_IDS = 2**24
+_CHAT_FIELDS = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+_FIELDS = ("messages", "prompt", "sampling", "stream", *_CHAT_FIELDS)
 _OPTIONAL = {"lease_s": None, "timeout_s": None, "priority": 0, "cache_salt": ""}
 
 
@@ -141,16 +149,42 @@ class Message:
 
 
 @dataclass(frozen=True)
+class RawPrompt:
+    """A prompt that no chat template is applied to; exactly one of ``text`` and ``token_ids`` is set.
+
+    Special tokens written in its text are special tokens: it is the caller's own prompt. A medium's place is where the
+    prompt has what the checkpoint's processor expects for it (``<|image_pad|>``, ``<image>`` ...), once for each.
+
+    Attributes:
+        text: as the model is to read it.
+        token_ids: the same as token ids; they are kept as they are, but for those of the media.
+        media: in the order of their places.
+        add_special_tokens: put those in front of a text that the tokenizer puts there, unless it has them already.
+            Token ids never get any.
+    """
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    media: tuple[MediaPart, ...] = ()
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True)
 class TemplateInputs:
     """What the chat template gets beside the messages. Special tokens written in any text of it are plain characters.
 
     Attributes:
         tools: functions in OpenAI's schema that the model may call.
         variables: name -> JSON value; each must be one that the template reads, such as ``enable_thinking``.
+        add_generation_prompt: end where the assistant begins to speak.
+        continue_final_message: end with the last message, an assistant's, left open, so that the answer goes on with
+            it; not with ``add_generation_prompt``.
     """
 
     tools: tuple[Mapping[str, Any], ...] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 NO_INPUTS = TemplateInputs()
@@ -158,10 +192,10 @@ NO_INPUTS = TemplateInputs()
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One request to the ensembles ``chat`` and ``chat_text``.
+    """One request to the ensembles ``chat`` and ``chat_text``: a conversation, or a prompt as the model reads it.
 
     Attributes:
-        messages: the conversation, oldest first.
+        messages: the conversation, oldest first; none where there is a ``prompt``.
         sampling: how to choose tokens.
         stream: send deltas as they come; otherwise one delta with the whole answer.
         lease_s: end the request unless it is renewed (``renew`` input of language_model) at least this often;
@@ -169,7 +203,8 @@ class ChatRequest:
         timeout_s: end the request after this many seconds in any case; None: the server's limit.
         priority: waiting requests with a higher one are admitted first, and lose their KV blocks last.
         cache_salt: requests share the prefix cache only with those of the same salt.
-        template: fields ``tools`` and ``chat_template_kwargs``.
+        template: fields ``tools``, ``chat_template_kwargs``, ``add_generation_prompt``, ``continue_final_message``.
+        prompt: in place of messages.
     """
 
     messages: tuple[Message, ...]
@@ -180,9 +215,22 @@ class ChatRequest:
     priority: int = 0
     cache_salt: str = ""
     template: TemplateInputs = field(default_factory=TemplateInputs)
+    prompt: RawPrompt | None = None
+
+    @property
+    def content(self) -> tuple[Message, ...] | RawPrompt:
+        """What is to be answered."""
+        return self.messages if self.prompt is None else self.prompt
+
+    @property
+    def content_field(self) -> str:
+        """The field that has it."""
+        return "messages" if self.prompt is None else "prompt"
 
     def media(self) -> Iterator[tuple[str, MediaPart]]:
         """(field name, part) of every medium in prompt order."""
+        if self.prompt is not None:
+            yield from ((f"prompt.media[{p}]", medium) for p, medium in enumerate(self.prompt.media))
         for m, message in enumerate(self.messages):
             for p, part in enumerate(message.parts):
                 if isinstance(part, MediaPart):
@@ -201,20 +249,27 @@ class ChatRequest:
             raise invalid(f"request is not JSON: {error}", "request") from None
         data = check.mapping(data, "request")
         check.known_keys(data, (*_FIELDS, *_OPTIONAL), "")
-        messages = data.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise invalid("messages must be a list with at least one message", "messages")
+        if ("messages" in data) == ("prompt" in data):
+            raise invalid("the request needs exactly one of messages and prompt", "messages")
+        messages: tuple[Message, ...] = ()
+        prompt = None
+        if "prompt" in data:
+            prompt = _prompt(data["prompt"])
+            for name in _CHAT_FIELDS:
+                if name in data:
+                    raise invalid(f"{name} is only allowed with messages: a prompt has no chat template", name)
+        else:
+            messages = _messages(data["messages"])
         request = cls(
-            messages=tuple(_message(item, f"messages[{i}]") for i, item in enumerate(messages)),
+            messages=messages,
             sampling=SamplingParams.from_json(data.get("sampling", {})),
             stream=check.boolean(data.get("stream", True), "stream"),
             lease_s=_optional_seconds(data.get("lease_s"), "lease_s"),
             timeout_s=_optional_seconds(data.get("timeout_s"), "timeout_s"),
             priority=priority(data.get("priority", 0)),
             cache_salt=cache_salt(data.get("cache_salt", "")),
-            template=TemplateInputs(
-                tools(data.get("tools", [])), template_variables(data.get("chat_template_kwargs", {}))
-            ),
+            template=_template(data, messages),
+            prompt=prompt,
         )
         for where, part in request.media():
             if part.blob is not None and part.blob >= num_blobs:
@@ -223,7 +278,11 @@ class ChatRequest:
 
     def to_json(self) -> str:
         """The ``request`` tensor's text."""
-        data: dict[str, Any] = {"messages": [_message_json(m) for m in self.messages]}
+        data: dict[str, Any] = (
+            {"messages": [_message_json(m) for m in self.messages]}
+            if self.prompt is None
+            else {"prompt": _prompt_json(self.prompt)}
+        )
         if sampling := self.sampling.to_json():
             data["sampling"] = sampling
         if not self.stream:
@@ -235,6 +294,10 @@ class ChatRequest:
             data["tools"] = self.template.tools
         if self.template.variables:
             data["chat_template_kwargs"] = self.template.variables
+        if not self.template.add_generation_prompt:
+            data["add_generation_prompt"] = False
+        if self.template.continue_final_message:
+            data["continue_final_message"] = True
         return json.dumps(data, ensure_ascii=False)
 
 
@@ -288,11 +351,97 @@ def template_variables(value: Any) -> Mapping[str, Any]:
     return found
 
 
+def continuation(add: bool | None, go_on: bool, messages: Sequence[Message]) -> tuple[bool, bool]:
+    """Fields ``add_generation_prompt`` (None: not given) and ``continue_final_message``, checked.
+
+    Raises:
+        TriptychError: INVALID_REQUEST where both are set, or the last message is none that could go on.
+    """
+    if not go_on:
+        return add is None or add, False
+    if add:
+        raise invalid(
+            "add_generation_prompt must be false, or left out, with continue_final_message: the answer either goes on "
+            "with the last message or begins a new one",
+            "add_generation_prompt",
+        )
+    last = messages[-1]
+    if last.role != "assistant" or not isinstance(last.parts[-1], TextPart) or not last.parts[-1].text.strip():
+        raise invalid(
+            "continue_final_message needs a last message of role assistant that ends with a text",
+            "continue_final_message",
+        )
+    return False, True
+
+
+def _template(data: Mapping[str, Any], messages: Sequence[Message]) -> TemplateInputs:
+    add = (
+        check.boolean(data["add_generation_prompt"], "add_generation_prompt")
+        if "add_generation_prompt" in data
+        else None
+    )
+    go_on = check.boolean(data.get("continue_final_message", False), "continue_final_message")
+    variables = template_variables(data.get("chat_template_kwargs", {}))
+    return TemplateInputs(tools(data.get("tools", [])), variables, *continuation(add, go_on, messages))
+
+
+def _prompt(value: Any) -> RawPrompt:
+    data = check.mapping(value, "prompt")
+    check.known_keys(data, ("text", "token_ids", "media", "add_special_tokens"), "prompt")
+    if ("text" in data) == ("token_ids" in data):
+        raise invalid("prompt needs exactly one of text and token_ids", "prompt")
+    media = data.get("media", [])
+    if not isinstance(media, list):
+        raise invalid(f"prompt.media must be a list, not {check.json_type(media)}", "prompt.media")
+    parts = []
+    for index, item in enumerate(media):
+        part = _part(item, f"prompt.media[{index}]")
+        if isinstance(part, TextPart):
+            where = f"prompt.media[{index}].type"
+            raise invalid(f"{where} must be one of {', '.join(MODALITIES)}, got 'text'", where)
+        parts.append(part)
+    special = check.boolean(data.get("add_special_tokens", True), "prompt.add_special_tokens")
+    if "text" in data:
+        text = check.string(data["text"], "prompt.text")
+        _check_unicode(text, "prompt.text")
+        return RawPrompt(text, None, tuple(parts), special)
+    return RawPrompt(None, prompt_ids(data["token_ids"], "prompt.token_ids"), tuple(parts), special)
+
+
+def prompt_ids(value: Any, where: str) -> tuple[int, ...]:
+    """Token ids of a prompt, checked but for the size of the vocabulary."""
+    if not isinstance(value, list) or not value:
+        raise invalid(f"{where} must be a list with at least one token id", where)
+    if len(value) > MAX_PROMPT_IDS:
+        raise invalid(f"{where} has {len(value)} token ids; at most {MAX_PROMPT_IDS} are allowed", where)
+    for index, item in enumerate(value):
+        # not check.integer for each: there may be many
+        if type(item) is not int or not 0 <= item < 2**31:
+            field = f"{where}[{index}]"
+            raise invalid(f"{field} must be a token id, an integer from 0, got {check.json_type(item)}", field)
+    return tuple(value)
+
+
+def _prompt_json(prompt: RawPrompt) -> dict[str, Any]:
+    data: dict[str, Any] = {"text": prompt.text} if prompt.token_ids is None else {"token_ids": list(prompt.token_ids)}
+    if prompt.media:
+        data["media"] = [_part_json(part) for part in prompt.media]
+    if not prompt.add_special_tokens:
+        data["add_special_tokens"] = False
+    return data
+
+
 def _check_unicode(value: Any, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise invalid(f"{where} is not valid Unicode: it has an unpaired surrogate", where) from None
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise invalid("messages must be a list with at least one message", "messages")
+    return tuple(_message(item, f"messages[{i}]") for i, item in enumerate(value))
 
 
 def _message(value: Any, where: str) -> Message:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.features import EncoderItem
 from ..contract.plan import MediaItem
-from ..contract.request import NO_INPUTS, Message, TemplateInputs
+from ..contract.request import NO_INPUTS, Message, RawPrompt, TemplateInputs
 from ..media.types import Medium
 
 if TYPE_CHECKING:
@@ -165,12 +165,13 @@ class Preprocessor(Protocol):
     context_length: int
 
     def prepare(
-        self, messages: Sequence[Message], media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
+        self, content: Sequence[Message] | RawPrompt, media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
     ) -> Prepared:
         """Apply template, processor and position rule.
 
         Args:
-            messages: validated messages; text is literal (special tokens in it are plain characters).
+            content: validated messages, whose text is literal (special tokens in it are plain characters), or a prompt
+                that needs no template.
             media: the decoded media of all MediaParts, in prompt order.
             template: what the chat template gets beside the messages.
 

@@ -129,7 +129,7 @@ class DeepseekVL2Processor:
         (prompt,) = text
         pieces = prompt.split(self.image_token)
         if len(pieces) != len(images) + 1:
-            raise ValueError(f"the chat template gave {len(pieces) - 1} places to {len(images)} pictures")
+            raise ValueError(f"the prompt has {len(pieces) - 1} places for {len(images)} pictures")
         cuts = [self.image_processor.cut(image, whole=len(images) > _MOST_CUT) for image in images]
         counts = [self.image_processor.count(*grid) for _, grid in cuts]
         written = pieces[0] + "".join(

@@ -99,9 +99,7 @@ class ItemwisePreprocessor(TransformersPreprocessor):
         counts = {modality: text.count(token) for token, modality in modalities.items()}
         for modality, items in features.items():
             if counts[modality] != len(items):
-                raise ValueError(
-                    f"the chat template gave {counts[modality]} places to {len(items)} media of type {modality}"
-                )
+                raise ValueError(f"the prompt has {counts[modality]} places for {len(items)} media of type {modality}")
 
         def put(match: re.Match[str]) -> str:
             modality = modalities[match.group()]

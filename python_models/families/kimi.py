@@ -244,7 +244,7 @@ class KimiVLProcessor:
         (prompt,) = text
         pieces = prompt.split(self.image_token)
         if len(pieces) != len(images) + 1:
-            raise ValueError(f"the chat template gave {len(pieces) - 1} places to {len(images)} pictures")
+            raise ValueError(f"the prompt has {len(pieces) - 1} places for {len(images)} pictures")
         cuts = [self.image_processor.cut(image) for image in images]
         square = self.image_processor.merge_size**2
         places = (self.image_token * (math.prod(grid) // square) for _, grid in cuts)

@@ -19,7 +19,7 @@ import torch
 from ...kernels.image import normalise_patches
 from ..contract.features import EncoderItem
 from ..contract.plan import CrossRows
-from ..contract.request import NO_INPUTS, Message, TemplateInputs
+from ..contract.request import NO_INPUTS, Message, RawPrompt, TemplateInputs
 from ..contract.settings import Settings
 from ..media.types import Image, Medium
 from .base import Prepared
@@ -72,10 +72,10 @@ class MllamaPreprocessor(TransformersPreprocessor):
         return 1
 
     def prepare(
-        self, messages: Sequence[Message], media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
+        self, content: Sequence[Message] | RawPrompt, media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
     ) -> Prepared:
         """See :meth:`.base.Preprocessor.prepare`; items say which tokens see their rows."""
-        prepared = super().prepare(messages, media, template)
+        prepared = super().prepare(content, media, template)
         if not prepared.items:
             return prepared
         places = [item.spans[0][0] for item in prepared.items]

@@ -8,6 +8,10 @@ takes the path of transformers unchanged.
 A family may name control tokens: special tokens that its published prompts are written with, such as
 ``<|grounding|>``. Those keep their meaning wherever a caller writes them. They never are a token that begins or ends
 a turn, or stands for a medium.
+
+A raw prompt is the other way round: its text goes to the tokenizer as it is. Its token ids must not be tokenised anew,
+which might give others, so stand-ins take their places too: only what the processor looks for, media and the special
+tokens around them, becomes text.
 """
 
 from __future__ import annotations
@@ -16,14 +20,14 @@ import inspect
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from ..contract.errors import ErrorKind, TriptychError, invalid
-from ..contract.request import NO_INPUTS, MediaPart, Message, TemplateInputs, TextPart
+from ..contract.request import NO_INPUTS, MediaPart, Message, RawPrompt, TemplateInputs, TextPart
 from .templates import TEMPLATES, ChatTemplate, inputs_of
 
 # Different special tokens that the texts of one request may hold together.
@@ -32,13 +36,25 @@ _STAND_INS = 256
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text of a request after the chat template; ``literals`` maps a stand-in's id to the ids it stands for."""
+    """The text of a request after the chat template.
+
+    Attributes:
+        text: for the processor.
+        literals: a stand-in's id -> the ids it stands for.
+        drop: what the tokenizer puts before and after any text and is not wanted.
+    """
 
     text: str
     literals: dict[int, list[int]]
+    drop: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     def fill(self, ids: Sequence[int]) -> list[int]:
         """Token ids of :attr:`text` -> token ids of the prompt."""
+        before, after = map(list, self.drop)
+        if before and list(ids[: len(before)]) == before:
+            ids = ids[len(before) :]
+        if after and list(ids[-len(after) :]) == after:
+            ids = ids[: -len(after)]
         if not self.literals:
             return list(ids)
         return [i for token in ids for i in self.literals.get(token, (token,))]
@@ -108,7 +124,13 @@ class PromptWriter:
         pattern = "|".join(re.escape(s) for s in sorted(special - control - {""}, key=len, reverse=True))
         self._special = re.compile(pattern or r"(?!)")
         self._plain = _plain_tokenizer(tokenizer)
+        self._added = {int(number): str(token.content) for number, token in added.items()}
         self._added_ids = frozenset(added)
+        self._frame = _frame(tokenizer)
+        self._bos: str | None = tokenizer.bos_token
+        self._vocabulary = len(tokenizer)
+        self._encode: Callable[[str], list[int]] = partial(_encode, tokenizer)
+        self._places = {modality: (self._encode(token), token) for modality, token in media.items()}
         from tokenizers import AddedToken
 
         self._names = [f"<|{secrets.token_hex(12)}|>" for _ in range(_STAND_INS)]
@@ -116,7 +138,7 @@ class PromptWriter:
         self._ids = [int(tokenizer.convert_tokens_to_ids(n)) for n in self._names]
 
     def write(self, messages: Sequence[Message], template: TemplateInputs = NO_INPUTS) -> Prompt:
-        """Apply the template, ending where the assistant begins to speak.
+        """Apply the template.
 
         Raises:
             TriptychError: INVALID_REQUEST where the template refuses the messages (order of roles and so on) or does
@@ -127,13 +149,83 @@ class PromptWriter:
         literals: dict[str, int] = {}
         conversation = [self._message(m, message, literals) for m, message in enumerate(messages)]
         options = self._options(template, literals)
+        options["add_generation_prompt"] = template.add_generation_prompt
+        if template.continue_final_message:
+            options["continue_final_message"] = True
         try:
-            text = self._render(conversation, add_generation_prompt=True, tokenize=False, **options)
+            text = self._render(conversation, tokenize=False, **options)
         except TemplateError as error:
             raise invalid(f"the checkpoint's chat template refuses these messages: {error}", "messages") from None
         except (TypeError, ValueError, KeyError, IndexError) as error:
+            if template.continue_final_message and "continue_final_message" in str(error):
+                raise invalid(
+                    "the checkpoint's chat template does not write the last message as it is given, so it cannot be "
+                    "continued",
+                    "continue_final_message",
+                ) from None
             raise invalid(f"the checkpoint's chat template cannot render these messages: {error}", "messages") from None
         return Prompt(str(text), {self._ids[k]: self._literal_ids(piece) for piece, k in literals.items()})
+
+    def read(self, prompt: RawPrompt, modalities: Collection[str]) -> Prompt:
+        """A prompt that is the model's own text or token ids already.
+
+        Args:
+            prompt: the caller's.
+            modalities: of its media.
+
+        Raises:
+            TriptychError: INVALID_REQUEST for a token id that there is not, or too many media.
+        """
+        if prompt.token_ids is None:
+            text = prompt.text or ""
+            return Prompt(text, {}, ((), ()) if prompt.add_special_tokens else self._unwanted(text))
+        for index, token in enumerate(prompt.token_ids):
+            if token >= self._vocabulary:
+                where = f"prompt.token_ids[{index}]"
+                raise invalid(
+                    f"{where} must be below {self._vocabulary}, the size of the vocabulary, got {token}", where
+                )
+        runs: dict[tuple[int, ...], int] = {}
+        text, start = "", 0
+        for low, high, written in self._media_in(prompt.token_ids, modalities):
+            text += self._run(prompt.token_ids[start:low], runs) + written
+            start = high
+        text += self._run(prompt.token_ids[start:], runs)
+        return Prompt(text, {self._ids[k]: list(run) for run, k in runs.items()}, self._unwanted(text))
+
+    def _unwanted(self, text: str) -> tuple[Sequence[int], Sequence[int]]:
+        """What a processor puts around a text that is to stay alone; nothing where the text has begun the prompt."""
+        return ((), ()) if self._bos is not None and text.startswith(self._bos) else self._frame
+
+    def _run(self, ids: tuple[int, ...], runs: dict[tuple[int, ...], int]) -> str:
+        """What stands for token ids in a prompt's text."""
+        if not ids:
+            return ""
+        if ids not in runs and len(runs) == _STAND_INS:
+            raise invalid(f"prompt.token_ids has too many media: at most {_STAND_INS - 1}", "prompt.token_ids")
+        return self._names[runs.setdefault(ids, len(runs))]
+
+    def _media_in(self, ids: tuple[int, ...], modalities: Collection[str]) -> list[tuple[int, int, str]]:
+        """(start, end, text) of what the processor must see of token ids: places of media and special tokens around."""
+        places = [self._places[modality] for modality in sorted(modalities) if modality in self._places]
+        found: list[tuple[int, int, str]] = []
+        index = 0
+        while index < len(ids):
+            own = next((p for p in places if tuple(p[0]) == ids[index : index + len(p[0])]), None)
+            if own is None:
+                index += 1
+                continue
+            low, high, text = index, index + len(own[0]), own[1]
+            end = found[-1][1] if found else 0
+            while low > end and ids[low - 1] in self._added:
+                low -= 1
+                text = self._added[ids[low]] + text
+            while high < len(ids) and ids[high] in self._added and not any(ids[high] == p[0][0] for p in places):
+                text += self._added[ids[high]]
+                high += 1
+            found.append((low, high, text))
+            index = high
+        return found
 
     def _options(self, template: TemplateInputs, literals: dict[str, int]) -> dict[str, Any]:
         """What the template gets beside the messages."""
@@ -210,6 +302,18 @@ class PromptWriter:
             return ids
         # A vocabulary that holds the token as a whole: a single character can never be it.
         return [i for char in text for i in self._plain.encode(char, add_special_tokens=False).ids]
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer([text], add_special_tokens=False)["input_ids"][0]
+    return list(ids)
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after any text."""
+    found = tokenizer.backend_tokenizer.encode("a")
+    own = [k for k, special in enumerate(found.special_tokens_mask) if not special]
+    return found.ids[: own[0]], found.ids[own[-1] + 1 :]
 
 
 def _plain_tokenizer(tokenizer: Any) -> Any:

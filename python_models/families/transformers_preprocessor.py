@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from ..contract.errors import ErrorKind, TriptychError, invalid
 from ..contract.features import EncoderItem
 from ..contract.plan import MediaItem
-from ..contract.request import NO_INPUTS, Message, TemplateInputs
+from ..contract.request import NO_INPUTS, Message, RawPrompt, TemplateInputs
 from ..contract.settings import Settings
 from ..media.types import Audio, Image, Medium, Video
 from . import evs, media_options, templates
@@ -33,6 +33,8 @@ from .token_runs import shorten_runs
 # The values of transformers' mm_token_type_ids.
 TOKEN_TYPES = {"image": 1, "video": 2, "audio": 3}
 Tensors = dict[str, NDArray[np.generic]]
+# What processors raise at media and texts that they cannot take.
+_REFUSALS = (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError, StopIteration)
 
 
 class TransformersPreprocessor(ABC):
@@ -229,18 +231,25 @@ class TransformersPreprocessor(ABC):
         return {}
 
     def prepare(
-        self, messages: Sequence[Message], media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
+        self, content: Sequence[Message] | RawPrompt, media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
     ) -> Prepared:
         """See :meth:`.base.Preprocessor.prepare`."""
         grouped: dict[str, list[Medium]] = {}
         media = [self.with_options(medium) for medium in media]
         for medium in media:
             grouped.setdefault(medium.modality, []).append(medium)
-        prompt = self.prompt.write(messages, template)
-        batch = self._process(prompt.text, media, grouped)
+        stop: tuple[str, ...]
+        if isinstance(content, RawPrompt):
+            # strings that end an answer are the chat template's
+            where, stop, prompt = "prompt", (), self.prompt.read(content, grouped)
+        else:
+            where, stop, prompt = "messages", self.prompt.stop, self.prompt.write(content, template)
+        batch = self._process(prompt.text, media, grouped, where)
         ids = np.asarray(prompt.fill(_first_row(batch["input_ids"])), dtype=np.int32)
+        if not len(ids):
+            raise invalid(f"{where}: there are no tokens to begin with", where)
         features = self.split_features(batch, grouped) if grouped else {}
-        items, encoder_items = self._items(ids, media, features)
+        items, encoder_items = self._items(ids, media, features, where)
         if self._pruning and "video" in grouped:
             ids, items, encoder_items = evs.shorten(
                 ids, items, encoder_items, lambda item: self.video_grid(item.tensors), self._pruning
@@ -251,25 +260,26 @@ class TransformersPreprocessor(ABC):
                 types[start:end] = TOKEN_TYPES[item.modality]
         position_ids, delta = self._positions(ids, types, self.position_arguments(batch, features, grouped))
         extras = self.token_extras(ids, batch, types)
-        return Prepared(ids, position_ids, delta, items, encoder_items, extras, self.prompt.stop)
+        return Prepared(ids, position_ids, delta, items, encoder_items, extras, stop)
 
     def _process(
-        self, text: str, media: Sequence[Medium], grouped: Mapping[str, Sequence[Medium]]
+        self, text: str, media: Sequence[Medium], grouped: Mapping[str, Sequence[Medium]], where: str
     ) -> Mapping[str, Any]:
         try:
             return self._call(text, grouped)
-        except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        except _REFUSALS as error:
             for medium in media:
                 # One of several media is to blame: name it.
                 try:
                     self._call(self._placeholder(medium.modality), {medium.modality: [medium]})
-                except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as own:
+                except _REFUSALS as own:
                     raise TriptychError(
                         ErrorKind.INVALID_MEDIA,
                         f"{medium.param}: the checkpoint's processor refuses this {medium.modality}: {own}",
                         medium.param,
                     ) from None
-            raise invalid(f"the checkpoint's processor refuses these messages: {error}", "messages") from None
+            what = "this prompt" if where == "prompt" else "these messages"
+            raise invalid(f"the checkpoint's processor refuses {what}: {error}", where) from None
 
     def _call(self, text: str, grouped: Mapping[str, Sequence[Medium]]) -> Mapping[str, Any]:
         arguments = self.processor_arguments(grouped) if grouped else {}
@@ -284,7 +294,11 @@ class TransformersPreprocessor(ABC):
         return str(getattr(self.processor, f"{modality}_token"))
 
     def _items(
-        self, ids: NDArray[np.int32], media: Sequence[Medium], features: Mapping[str, Sequence[Tensors]]
+        self,
+        ids: NDArray[np.int32],
+        media: Sequence[Medium],
+        features: Mapping[str, Sequence[Tensors]],
+        where: str = "messages",
     ) -> tuple[tuple[MediaItem, ...], dict[str, list[EncoderItem]]]:
         """Give every medium its placeholder tokens: prompt order is row order.
 
@@ -293,8 +307,7 @@ class TransformersPreprocessor(ABC):
         places = {token: np.flatnonzero(ids == token) for token in self._tokens.values()}
         used = dict.fromkeys(places, 0)
         index = dict.fromkeys(self.modalities, 0)
-        items: list[MediaItem] = []
-        encoder_items: dict[str, list[EncoderItem]] = {}
+        found: list[tuple[MediaItem, EncoderItem]] = []
         for medium in media:
             modality = medium.modality
             tensors = features[modality][index[modality]]
@@ -316,15 +329,18 @@ class TransformersPreprocessor(ABC):
                 f"{modality}:{medium.digest}:{self._fingerprints[modality]}:{rate}:{variant}".encode(), digest_size=32
             ).hexdigest()
             encoder = self.encoders[modality]
-            items.append(MediaItem(modality, digest, _spans(own), encoder))
-            encoder_items.setdefault(encoder, []).append(EncoderItem(modality, digest, rows, tensors))
+            item = MediaItem(modality, digest, _spans(own), encoder)
+            found.append((item, EncoderItem(modality, digest, rows, tensors)))
         for token, count in used.items():
             if count != len(places[token]):
                 kinds = " or ".join(modality for modality, own in self._tokens.items() if own == token)
-                raise invalid(
-                    f"the prompt has {len(places[token])} {kinds} tokens but its media give {count}", "messages"
-                )
-        return tuple(items), encoder_items
+                raise invalid(f"the prompt has {len(places[token])} {kinds} tokens but its media give {count}", where)
+        # media of several modalities beside a raw prompt may come in any order
+        found.sort(key=lambda pair: pair[0].spans[0])
+        encoder_items: dict[str, list[EncoderItem]] = {}
+        for item, features_of in found:
+            encoder_items.setdefault(item.encoder, []).append(features_of)
+        return tuple(item for item, _ in found), encoder_items
 
     def _positions(
         self, ids: NDArray[np.int32], types: NDArray[np.int32], arguments: Mapping[str, Any]

@@ -292,7 +292,7 @@ class PreprocessStage(Stage):
                 ErrorKind.TOO_LARGE,
                 f"the request has {len(parts)} pictures, videos and sounds; at most {self.settings.max_media_items} "
                 "are allowed",
-                "messages",
+                request.content_field,
             )
         allowed = self._modalities
         for modality, limit in self.settings.media_limits.items():
@@ -301,7 +301,7 @@ class PreprocessStage(Stage):
                 raise invalid(
                     f"the request has {count} media of type {modality}; at most {limit} are allowed "
                     "(limit_mm_data_per_request)",
-                    "messages",
+                    request.content_field,
                 )
         for where, part in parts:
             if part.modality not in allowed:
@@ -325,7 +325,7 @@ class PreprocessStage(Stage):
                 )
         if unused := set(range(len(blobs))) - {part.blob for _, part in parts}:
             raise invalid(
-                f"media blob {min(unused)} is named by no content part; every blob must be used",
+                f"media blob {min(unused)} is named by no part of the request; every blob must be used",
                 f"media[{min(unused)}]",
             )
 
@@ -334,14 +334,14 @@ class PreprocessStage(Stage):
     ) -> dict[str, Any]:
         """Template, processor and packing, in a thread: the stage's output tensors."""
         begin = time.time()
-        prepared = self._preprocessor.prepare(request.messages, media, request.template)
+        prepared = self._preprocessor.prepare(request.content, media, request.template)
         length = int(prepared.input_ids.shape[0])
         if length >= self._context_length:
             raise TriptychError(
                 ErrorKind.CONTEXT_LENGTH_EXCEEDED,
                 f"the prompt has {length} tokens, media included; the context length is {self._context_length} and "
                 "the answer needs at least one",
-                "messages",
+                request.content_field,
             )
         return _tensors(request, prepared, PreprocessTimes(arrival, tuple(times), begin, time.time()))
 
