@@ -84,7 +84,11 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
     Raises:
         TriptychError: naming the field at fault and what is allowed.
     """
-    data = _object(body)
+    return parse_fields(json_object(body), served_model_name, lease_s)
+
+
+def parse_fields(data: Mapping[str, Any], served_model_name: str, lease_s: float) -> ChatCall:
+    """As :func:`parse`, of a body that is read already."""
     check.known_keys(data, (*_OWN, *_SAMPLING, *_NEUTRAL), "")
     _check_model(data, served_model_name)
     for name, rule in _NEUTRAL.items():
@@ -108,7 +112,8 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
     return ChatCall(request, tuple(blobs), stream_options, names, tier, _optional_boolean(data, "return_timings"))
 
 
-def _object(body: bytes) -> Mapping[str, Any]:
+def json_object(body: bytes) -> Mapping[str, Any]:
+    """A request body as JSON; raises TriptychError where it is none, or no object."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
