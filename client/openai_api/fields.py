@@ -31,6 +31,11 @@ _SAMPLING = frozenset(f.name for f in fields(SamplingParams)) - {"max_tokens", "
 # What the text must look like; the last two are SGLang's names.
 _GRAMMARS = ("response_format", "regex", "ebnf")
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
+# Fields that other endpoints of this server's take too, beside OpenAI's own.
+CHAT_EXTRAS = (
+    *sorted(_SAMPLING - {"n", "logprobs", "top_logprobs", "temperature", "top_p"}),
+    *("regex", "ebnf", "priority", "cache_salt", "chat_template_kwargs"),
+)
 # What the chat template gets; the last one is SGLang's and vLLM's name.
 _TEMPLATE = ("tools", "tool_choice", "chat_template_kwargs")
 _OWN = (
@@ -89,12 +94,12 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
 
 def parse_fields(data: Mapping[str, Any], served_model_name: str, lease_s: float) -> ChatCall:
     """As :func:`parse`, of a body that is read already."""
-    check.known_keys(data, (*_OWN, *_SAMPLING, *_NEUTRAL), "")
+    check.known_keys(data, (*_OWN, *_SAMPLING, *NEUTRAL), "")
     _check_model(data, served_model_name)
-    for name, rule in _NEUTRAL.items():
+    for name, rule in NEUTRAL.items():
         if data.get(name) is not None:
             rule(data[name], name)
-    stream = _optional_boolean(data, "stream")
+    stream = optional_boolean(data, "stream")
     stream_options = _stream_options(data, stream)
     sampling, names = _sampling(data)
     blobs: list[bytes] = []
@@ -109,7 +114,7 @@ def parse_fields(data: Mapping[str, Any], served_model_name: str, lease_s: float
         template=_template(data),
     )
     tier = None if data.get("service_tier") is None else "default"
-    return ChatCall(request, tuple(blobs), stream_options, names, tier, _optional_boolean(data, "return_timings"))
+    return ChatCall(request, tuple(blobs), stream_options, names, tier, optional_boolean(data, "return_timings"))
 
 
 def json_object(body: bytes) -> Mapping[str, Any]:
@@ -137,7 +142,7 @@ def _template(data: Mapping[str, Any]) -> TemplateInputs:
     given = tools(data["tools"]) if data.get("tools") is not None else ()
     choice = data.get("tool_choice")
     if choice is not None:
-        _only("none", "auto")(choice, "tool_choice")
+        only("none", "auto")(choice, "tool_choice")
     variables = data.get("chat_template_kwargs")
     # with "none" the model is not told of them: it must call none
     return TemplateInputs(() if choice == "none" else given, {} if variables is None else template_variables(variables))
@@ -150,11 +155,11 @@ def _stream_options(data: Mapping[str, Any], stream: bool) -> StreamOptions:
     if not stream:
         raise invalid("stream_options is only allowed with stream: true", "stream_options")
     check.known_keys(options, ("include_usage", "include_obfuscation", "continuous_usage_stats"), "stream_options")
-    if _optional_boolean(options, "continuous_usage_stats", "stream_options"):
-        raise _unsupported("stream_options.continuous_usage_stats", "false")
+    if optional_boolean(options, "continuous_usage_stats", "stream_options"):
+        raise unsupported("stream_options.continuous_usage_stats", "false")
     return StreamOptions(
-        _optional_boolean(options, "include_usage", "stream_options"),
-        _optional_boolean(options, "include_obfuscation", "stream_options"),
+        optional_boolean(options, "include_usage", "stream_options"),
+        optional_boolean(options, "include_obfuscation", "stream_options"),
     )
 
 
@@ -210,28 +215,30 @@ def _response_format(value: Any) -> tuple[str, dict[str, Any]] | None:
         if form.get(name) is not None:
             check.string(form[name], f"{where}.{name}")
     # a schema is always kept to, strict or not
-    _optional_boolean(form, "strict", where)
+    optional_boolean(form, "strict", where)
     schema = check.mapping(form.get("schema"), f"{where}.schema")
     return f"{where}.schema", {"type": "json_schema", "value": schema}
 
 
-def _optional_boolean(data: Mapping[str, Any], name: str, where: str = "") -> bool:
+def optional_boolean(data: Mapping[str, Any], name: str, where: str = "") -> bool:
+    """A field that is true, false or left out, which is false."""
     field = f"{where}.{name}" if where else name
     return data.get(name) is not None and check.boolean(data[name], field)
 
 
-def _unsupported(field: str, allowed: str) -> TriptychError:
+def unsupported(field: str, allowed: str) -> TriptychError:
+    """A 400 for a value that OpenAI's API has and this server has not."""
     return TriptychError(ErrorKind.UNSUPPORTED, f"{field} is not supported beyond {allowed}", field)
 
 
-def _only(*allowed: Any) -> Callable[[Any, str], None]:
+def only(*allowed: Any) -> Callable[[Any, str], None]:
     """Only values that ask for nothing this server does not do."""
     words = " or ".join(json.dumps(value) for value in allowed) or "null"
 
     def rule(value: Any, field: str) -> None:
         # True == 1 in Python, but not in JSON.
         if not any(value == item and type(value) is type(item) for item in allowed):
-            raise _unsupported(field, words)
+            raise unsupported(field, words)
 
     return rule
 
@@ -250,30 +257,30 @@ def _cache_options(value: Any, field: str) -> None:
     data = check.mapping(value, field)
     check.known_keys(data, ("mode", "ttl"), field)
     if data.get("mode") is not None:
-        _only("implicit")(data["mode"], f"{field}.mode")
+        only("implicit")(data["mode"], f"{field}.mode")
     if data.get("ttl") is not None:
-        _only()(data["ttl"], f"{field}.ttl")
+        only()(data["ttl"], f"{field}.ttl")
 
 
 # Fields of OpenAI's schema without effect here: any value of the right type, or only the one that asks for nothing.
-_NEUTRAL: dict[str, Callable[[Any, str], Any]] = {
-    "audio": _only(),
-    "function_call": _only("none", "auto"),
-    "functions": _only([]),
+NEUTRAL: dict[str, Callable[[Any, str], Any]] = {
+    "audio": only(),
+    "function_call": only("none", "auto"),
+    "functions": only([]),
     "metadata": _labels,
-    "modalities": _only(["text"]),
-    "moderation": _only(),
+    "modalities": only(["text"]),
+    "moderation": only(),
     "parallel_tool_calls": check.boolean,
-    "prediction": _only(),
+    "prediction": only(),
     # every prompt is cached, for as long as there is room
     "prompt_cache_key": check.string,
     "prompt_cache_options": _cache_options,
-    "prompt_cache_retention": _only("in_memory", "24h"),
-    "reasoning_effort": _only("none"),
+    "prompt_cache_retention": only("in_memory", "24h"),
+    "reasoning_effort": only("none"),
     "safety_identifier": check.string,
-    "service_tier": _only("auto", "default"),
-    "store": _only(False),
+    "service_tier": only("auto", "default"),
+    "store": only(False),
     "user": check.string,
-    "verbosity": _only("medium"),
-    "web_search_options": _only(),
+    "verbosity": only("medium"),
+    "web_search_options": only(),
 }

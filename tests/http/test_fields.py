@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triptych.client.openai_api.errors import answer_to, in_openai_words
-from triptych.client.openai_api.fields import _NEUTRAL, _OWN, _SAMPLING, ChatCall, parse
+from triptych.client.openai_api.fields import _OWN, _SAMPLING, NEUTRAL, ChatCall, parse
 from triptych.python_models.contract.errors import TriptychError, invalid
 from triptych.python_models.contract.request import ChatRequest, MediaOptions, MediaPart, TextPart
 from triptych.python_models.contract.sampling import Grammar
@@ -320,7 +320,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=8,
 )
-NAMES = sorted({*_SAMPLING, *_NEUTRAL, *_OWN})
+NAMES = sorted({*_SAMPLING, *NEUTRAL, *_OWN})
 PART = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "image_url", "video_url", "audio_url", "input_audio", "x"])},
     optional={
