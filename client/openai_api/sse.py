@@ -123,7 +123,7 @@ class Completion:
         timed = self._timings(found)
         if not (self.include_usage or timed):
             return DONE
-        return self._chunk([], usage(_total(found), self.cache_report), timed) + DONE
+        return self._chunk([], usage(total(found), self.cache_report), timed) + DONE
 
     def whole(self, deltas: Iterable[Delta]) -> dict[str, Any]:
         """The completion of a request that does not stream."""
@@ -141,7 +141,7 @@ class Completion:
             }
             for index, choice in sorted(whole.items())
         ]
-        body = self._head("chat.completion") | {"choices": choices, "usage": usage(_total(taken), self.cache_report)}
+        body = self._head("chat.completion") | {"choices": choices, "usage": usage(total(taken), self.cache_report)}
         return body | self._timings(taken)
 
     def _timings(self, deltas: Iterable[Delta]) -> dict[str, Any]:
@@ -190,13 +190,10 @@ class Completion:
         data = self._head("chat.completion.chunk") | {"choices": choices} | (timed or {})
         if self.include_usage:
             data["usage"] = total
-        if self.include_obfuscation:
-            data["obfuscation"] = ""
-            data["obfuscation"] = _noise(-len(event(data)) % _PAD)
-        return event(data)
+        return event(padded(data) if self.include_obfuscation else data)
 
 
-def _total(deltas: Iterable[Delta]) -> Usage:
+def total(deltas: Iterable[Delta]) -> Usage:
     """Usage counts all choices so far, so the largest is that of all."""
     return max((delta.usage for delta in deltas if delta.usage), key=lambda u: u.completion_tokens, default=Usage())
 
@@ -211,9 +208,10 @@ def error_event(error: TriptychError) -> bytes:
     return event(body_of(error))
 
 
-def _noise(length: int) -> str:
-    """Random letters and digits."""
-    return secrets.token_hex(length)[:length]
+def padded(data: dict[str, Any]) -> dict[str, Any]:
+    """An event with random characters, so that its size says nearly nothing of its text's."""
+    missing = -len(event(data | {"obfuscation": ""})) % _PAD
+    return data | {"obfuscation": secrets.token_hex(missing)[:missing]}
 
 
 def usage(found: Usage, cache_report: bool = True) -> dict[str, Any]:
