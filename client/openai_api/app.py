@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from triptych.python_models.contract.errors import TriptychError
 
-from . import errors, models, system
+from . import errors, models, page, system
 from .chat import chat_completions
 from .documentation import document
 from .drain import Gate
@@ -43,6 +43,8 @@ def create_app(service: Service) -> FastAPI:
 
     app.include_router(models.router(service))
     app.include_router(system.router(service))
+    if service.options.playground:
+        app.include_router(page.router())
 
     @functools.cache
     def described() -> dict[str, Any]:

@@ -22,8 +22,10 @@ class ShimOptions:
         queue_allowance_s: how long a request may wait for its turn before it reaches the engine, beside the time
             that its media may take.
         enable_cache_report: tell in the usage of an answer how many tokens of its prompt came from the prefix cache.
+        response_store_bytes: of responses (POST /v1/responses) kept in memory for later requests; 0 keeps none.
         api_keys: who may ask; none: everybody.
         allowed_origins: origins of web pages whose scripts may ask ("*": any).
+        playground: whether there is a page at ``/`` to try the model in a browser.
     """
 
     served_model_name: str
@@ -35,5 +37,7 @@ class ShimOptions:
     probe_timeout_s: float = 5.0
     queue_allowance_s: float = 60.0
     enable_cache_report: bool = True
+    response_store_bytes: int = 256 * 2**20
     api_keys: ApiKeys = field(default_factory=ApiKeys)
     allowed_origins: tuple[str, ...] = ()
+    playground: bool = True
