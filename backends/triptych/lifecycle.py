@@ -19,13 +19,15 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
+from triptych.python_models.contract.generate import PARAMETERS
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import CANCEL, RENEW, STAGES, StageSpec
-from triptych.python_models.stage import Stage
+from triptych.python_models.stage import Stage, Telemetry
 from triptych.python_models.stages import stage_class
 
 from .io import read_inputs
 from .metrics import MetricsThread
+from .remote import RemoteEncoderStage
 from .responder import Sender
 
 CLOSE_S = 5.0
@@ -106,7 +108,7 @@ class HostedStage:
             self._spec = config.spec
             server = os.getppid()
             self._telemetry = MetricsThread(config.labels, lambda: _end_with(server))
-            self._stage: Stage = stage_class(config.stage)(config.settings, self._telemetry, config.device)
+            self._stage = _stage(config, self._telemetry)
             # what was loaded stays: collections that walk through all of it would hold up every stream
             gc.collect()
             gc.freeze()
@@ -136,8 +138,13 @@ class HostedStage:
                 if error := inputs.pop(name, None):
                     raise TriptychError.from_wire(error[0].decode("utf-8", "replace"))
             needs = self._spec.needs
-            if needs and needs not in inputs and not (controls and not inputs):
-                raise invalid(f"the request lacks the input {needs}", needs)
+            given = [name for name in needs if name in inputs]
+            if needs and not given and not (controls and not inputs):
+                raise invalid(f"the request lacks the input {' or '.join(needs)}", needs[0])
+            if len(given) > 1:
+                raise invalid(f"only one of the inputs {' and '.join(given)} is allowed", given[1])
+            if self._spec.parameters_with in inputs:
+                inputs[PARAMETERS] = [request.parameters()]
             self._stage.submit(request.request_id(), inputs, responder)
         except TriptychError as error:
             responder.fail(error)
@@ -183,6 +190,13 @@ def _ids(values: Sequence[bytes]) -> list[str]:
     return [value.decode("utf-8", "replace") for value in values if value]
 
 
+def _stage(config: ModelConfig, telemetry: Telemetry) -> Stage:
+    """The stage itself, or what stands for an encoder that runs elsewhere."""
+    if config.stage == config.spec.name and (pool := config.settings.pool_of(config.stage)):
+        return RemoteEncoderStage(config.stage, pool, config.settings, telemetry, config.device)
+    return stage_class(config.stage)(config.settings, telemetry, config.device)
+
+
 def _device(spec: StageSpec, settings: Settings, kind: str, device_id: str) -> str:
     """The torch device of an instance.
 
@@ -190,7 +204,7 @@ def _device(spec: StageSpec, settings: Settings, kind: str, device_id: str) -> s
         TriptychError: the instance group and ``settings.device`` contradict each other, or torch has no such GPU.
     """
     if "GPU" not in kind:
-        if spec.uses_gpu and settings.device.startswith("cuda"):
+        if spec.uses_gpu and not settings.pool_of(spec.name) and settings.device.startswith("cuda"):
             raise invalid(
                 f"settings.device is {settings.device!r} but the model's instance_group is KIND_CPU; "
                 "write the model repository with --gpu, or set the device to cpu",

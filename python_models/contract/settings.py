@@ -7,6 +7,7 @@ The launcher's command-line options map to these fields one to one; each config.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
@@ -80,6 +81,8 @@ class Settings:
         allowed_media_hosts: "host" or "host:port" that http(s) media may come from although it is loopback or
             private.
         preprocess_instances: processes of the preprocess stage.
+        vision_encoder_url, audio_encoder_url: "host:port" of gRPC endpoints of other servers (comma-separated) that run
+            this encoder instead; "" runs it here.
         torch_threads: CPU threads of each stage; 0 leaves torch's default.
     """
 
@@ -130,6 +133,8 @@ class Settings:
     gpu_preprocessing: str = "auto"
     allowed_media_hosts: tuple[str, ...] = ()
     preprocess_instances: int = 1
+    vision_encoder_url: str = ""
+    audio_encoder_url: str = ""
     torch_threads: int = 0
 
     @classmethod
@@ -181,6 +186,12 @@ class Settings:
             limits = _object(given["limit_mm_data_per_request"], "settings.limit_mm_data_per_request", MODALITIES)
             for name, limit in limits.items():
                 check.integer(limit, f"settings.limit_mm_data_per_request.{name}", 0)
+        for name in ("vision_encoder_url", "audio_encoder_url"):
+            for address in given.get(name, "").split(",") if given.get(name) else ():
+                if not _ADDRESS.fullmatch(address.strip()):
+                    raise invalid(
+                        f'settings.{name} must be "host:port" or several of them, got {address!r}', f"settings.{name}"
+                    )
         for name, allowed in _CHOICES.items():
             if name in given and given[name] not in allowed:
                 raise invalid(
@@ -193,6 +204,10 @@ class Settings:
         """Modality -> most media of it in one request, where there is a limit."""
         found: Mapping[str, int] = json.loads(self.limit_mm_data_per_request or "{}")
         return found
+
+    def pool_of(self, stage: str) -> str:
+        """Addresses of the servers that run an encoder instead of this one, "" where it runs here."""
+        return str(getattr(self, f"{stage}_url", ""))
 
     def to_json(self) -> str:
         """Every field, so that a model repository is complete in itself."""
@@ -217,6 +232,7 @@ def _is_share(text: str) -> bool:
         return False
 
 
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):\d{1,5}")
 _CHOICES = {
     "load_format": ("auto", "dummy"),
     "kv_cache_dtype": ("auto", "fp8"),

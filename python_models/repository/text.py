@@ -33,7 +33,7 @@ def stage_config(
             on the first.
         stage_class: "/path/file.py:Class" that replaces the built-in class.
     """
-    on_gpu = spec.uses_gpu and bool(gpu_ids)
+    on_gpu = spec.uses_gpu and bool(gpu_ids) and not settings.pool_of(spec.name)
     parameters = {"stage": stage_class or spec.name, "settings": settings.to_json()}
     if any(tensor.device_ok for tensor in spec.inputs) and on_gpu and settings.mm_feature_transport != "cpu":
         # without it Triton copies what another model left on the GPU to the host first

@@ -51,7 +51,7 @@ FENCES = {
     "triton_python_backend_utils": ("backends/triptych",),
     "fastapi": ("client/openai_api",),
     "uvicorn": ("client/cli", "client/openai_api"),
-    "tritonclient": ("client",),
+    "tritonclient": ("client", "backends/triptych/remote"),
     "decord": ("python_models/media", "python_models/builtin/training"),
     "librosa": ("python_models/media", "python_models/builtin/training"),
     "transformers": ("python_models/families", "python_models/language_model", "python_models/builtin/training"),
