@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from triptych.client.sdk import wire
@@ -34,6 +35,7 @@ class Generation:
         start_limit_s: seconds until the engine must have accepted the request.
         silence_limit_s: seconds between two signs of life from then on.
         on_end: called once when nothing more will be read.
+        news: set whenever :meth:`take` has something new; None for an event of its own.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Generation:
         start_limit_s: float,
         silence_limit_s: float,
         on_end: Callable[[Generation], None],
+        news: asyncio.Event | None = None,
     ) -> None:
         self.id = request_id
         self.stages = tuple(step.stage for step in ENSEMBLES[message.model_name].steps)
@@ -56,7 +59,7 @@ class Generation:
         self._on_end = on_end
         self._waiting: dict[int, Delta] = {}
         self._error: TriptychError | None = None
-        self._news = asyncio.Event()
+        self._news = news or asyncio.Event()
         self._num_open = num_choices
         self._finished = False
         self._reader = asyncio.create_task(self._read(message), name=f"read-{request_id}")
@@ -68,13 +71,18 @@ class Generation:
             TriptychError: how the request failed, CANCELLED after :meth:`cancel`.
         """
         await self._news.wait()
+        found = self.take()
+        if self._error is None:
+            self._news.clear()
+        return found
+
+    def take(self) -> list[Delta]:
+        """What came since the last call, without waiting for it; raises as :meth:`next` does."""
         # The deltas before an error still count.
         if not self._waiting and self._error is not None:
             raise self._error
         found = list(self._waiting.values())
         self._waiting.clear()
-        if self._error is None:
-            self._news.clear()
         return found
 
     def overdue(self, now: float) -> TriptychError | None:
@@ -145,3 +153,40 @@ class Generation:
             self._error = error
             self._news.set()
             self._on_end(self)
+
+
+class Generations:
+    """Those of several prompts as one: choices are numbered one after the other, the first failure is that of all.
+
+    Args:
+        members: the generations, whose ``news`` it is.
+        offsets: number of the first choice of each.
+        news: of all of them.
+    """
+
+    def __init__(self, members: Sequence[Generation], offsets: Sequence[int], news: asyncio.Event) -> None:
+        self.id = members[0].id
+        self.members = tuple(members)
+        self._offsets = tuple(offsets)
+        self._news = news
+
+    async def next(self) -> list[Delta]:
+        """As :meth:`Generation.next`, of all of them."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            found: list[Delta] = []
+            for member, offset in zip(self.members, self._offsets, strict=True):
+                try:
+                    found += [replace(delta, index=delta.index + offset) for delta in member.take()]
+                except TriptychError:
+                    if not found:
+                        raise
+                    # what the others have comes first
+                    self._news.set()
+            if found:
+                return found
+
+    async def cancel(self, error: TriptychError | None = None) -> None:
+        """As :meth:`Generation.cancel`, of all of them."""
+        await asyncio.gather(*(member.cancel(error) for member in self.members))

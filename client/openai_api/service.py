@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from triptych.client.sdk import wire
@@ -18,7 +19,7 @@ from triptych.python_models.contract.tensors import ENSEMBLES, LANGUAGE_MODEL, S
 
 from .admission import Admission
 from .drain import Traffic
-from .generation import Generation
+from .generation import Generation, Generations
 from .metrics import ShimMetrics
 from .monitor import Monitor
 from .options import ShimOptions
@@ -97,18 +98,36 @@ class Service:
         assert self.monitor is not None
         return self.monitor.why_down(needed)
 
-    def begin(self, request: ChatRequest, media: tuple[bytes, ...]) -> Generation:
-        """Send a request to its ensemble.
+    def begin(
+        self, asks: Sequence[tuple[ChatRequest, tuple[bytes, ...]]], prefix: str = "chatcmpl"
+    ) -> Generation | Generations:
+        """Send requests to their ensembles.
+
+        Args:
+            asks: requests and their media, at least one.
+            prefix: of the id.
 
         Raises:
-            TriptychError: OVERLOADED or STAGE_DEAD while it cannot be served.
+            TriptychError: OVERLOADED or STAGE_DEAD while they cannot be served; then none of them is sent.
         """
-        steps = ENSEMBLES[wire.ensemble_for(request)].steps
-        if error := self.unavailable(step.stage for step in steps):
-            raise error
+        for request, _ in asks:
+            steps = ENSEMBLES[wire.ensemble_for(request)].steps
+            if error := self.unavailable(step.stage for step in steps):
+                raise error
+        first_id = f"{prefix}-{uuid.uuid4().hex}"
+        if len(asks) == 1:
+            return self._begin(first_id, *asks[0], None)
+        news = asyncio.Event()
+        offsets = [0, *itertools.accumulate(request.sampling.n for request, _ in asks)][:-1]
+        ids = [first_id, *(f"{first_id}-{k}" for k in range(1, len(asks)))]
+        members = [self._begin(own, *ask, news) for own, ask in zip(ids, asks, strict=True)]
+        return Generations(members, offsets, news)
+
+    def _begin(
+        self, request_id: str, request: ChatRequest, media: tuple[bytes, ...], news: asyncio.Event | None
+    ) -> Generation:
         assert self._triton is not None
         assert self.settings is not None
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
         generation = Generation(
             self._triton,
             request_id,
@@ -117,11 +136,12 @@ class Service:
             start_limit_s=self.settings.mm_per_request_timeout + self.options.queue_allowance_s,
             silence_limit_s=max(10.0, 4 * self.settings.heartbeat_s),
             on_end=self._forget,
+            news=news,
         )
         self._running[request_id] = generation
         return generation
 
-    def cancel(self, generation: Generation) -> None:
+    def cancel(self, generation: Generation | Generations) -> None:
         """End a generation in the background, if it still runs: its client is gone."""
         self._spawn(generation.cancel())
 
