@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,8 +11,10 @@ from triptych.python_models.contract import _check as check
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
 from triptych.python_models.contract.request import (
     ChatRequest,
+    Message,
     TemplateInputs,
     cache_salt,
+    continuation,
     priority,
     template_variables,
     tools,
@@ -36,8 +38,8 @@ CHAT_EXTRAS = (
     *sorted(_SAMPLING - {"n", "logprobs", "top_logprobs", "temperature", "top_p"}),
     *("regex", "ebnf", "priority", "cache_salt", "chat_template_kwargs"),
 )
-# What the chat template gets; the last one is SGLang's and vLLM's name.
-_TEMPLATE = ("tools", "tool_choice", "chat_template_kwargs")
+# What the chat template gets; the last three are SGLang's and vLLM's names.
+_TEMPLATE = ("tools", "tool_choice", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 _OWN = (
     *("model", "messages", "stream", "stream_options", "priority", "cache_salt", "return_timings"),
     *(*_GRAMMARS, *_TOKEN_LIMITS, *_TEMPLATE),
@@ -95,13 +97,13 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
 def parse_fields(data: Mapping[str, Any], served_model_name: str, lease_s: float) -> ChatCall:
     """As :func:`parse`, of a body that is read already."""
     check.known_keys(data, (*_OWN, *_SAMPLING, *NEUTRAL), "")
-    _check_model(data, served_model_name)
+    check_model(data, served_model_name)
     for name, rule in NEUTRAL.items():
         if data.get(name) is not None:
             rule(data[name], name)
     stream = optional_boolean(data, "stream")
-    stream_options = _stream_options(data, stream)
-    sampling, names = _sampling(data)
+    stream_options = parse_stream_options(data, stream)
+    sampling, names = parse_sampling(data)
     blobs: list[bytes] = []
     messages = parts.messages(data.get("messages"), blobs)
     request = ChatRequest(
@@ -111,7 +113,7 @@ def parse_fields(data: Mapping[str, Any], served_model_name: str, lease_s: float
         lease_s,
         priority=0 if data.get("priority") is None else priority(data["priority"]),
         cache_salt="" if data.get("cache_salt") is None else parts.text(cache_salt(data["cache_salt"]), "cache_salt"),
-        template=_template(data),
+        template=_template(data, messages),
     )
     tier = None if data.get("service_tier") is None else "default"
     return ChatCall(request, tuple(blobs), stream_options, names, tier, optional_boolean(data, "return_timings"))
@@ -128,7 +130,8 @@ def json_object(body: bytes) -> Mapping[str, Any]:
     return data
 
 
-def _check_model(data: Mapping[str, Any], served_model_name: str) -> None:
+def check_model(data: Mapping[str, Any], served_model_name: str) -> None:
+    """Field ``model``: the server's only one."""
     if data.get("model") is None:
         raise invalid(f"model is missing; this server has {served_model_name!r}", "model")
     model = check.string(data["model"], "model")
@@ -138,17 +141,23 @@ def _check_model(data: Mapping[str, Any], served_model_name: str) -> None:
         )
 
 
-def _template(data: Mapping[str, Any]) -> TemplateInputs:
+def _template(data: Mapping[str, Any], messages: Sequence[Message]) -> TemplateInputs:
     given = tools(data["tools"]) if data.get("tools") is not None else ()
     choice = data.get("tool_choice")
     if choice is not None:
         only("none", "auto")(choice, "tool_choice")
     variables = data.get("chat_template_kwargs")
+    given_add = data.get("add_generation_prompt") is not None
+    add = optional_boolean(data, "add_generation_prompt") if given_add else None
+    ending = continuation(add, optional_boolean(data, "continue_final_message"), messages)
     # with "none" the model is not told of them: it must call none
-    return TemplateInputs(() if choice == "none" else given, {} if variables is None else template_variables(variables))
+    return TemplateInputs(
+        () if choice == "none" else given, {} if variables is None else template_variables(variables), *ending
+    )
 
 
-def _stream_options(data: Mapping[str, Any], stream: bool) -> StreamOptions:
+def parse_stream_options(data: Mapping[str, Any], stream: bool) -> StreamOptions:
+    """Field ``stream_options``, checked."""
     if data.get("stream_options") is None:
         return StreamOptions()
     options = check.mapping(data["stream_options"], "stream_options")
@@ -163,7 +172,8 @@ def _stream_options(data: Mapping[str, Any], stream: bool) -> StreamOptions:
     )
 
 
-def _sampling(data: Mapping[str, Any]) -> tuple[SamplingParams, Mapping[str, str]]:
+def parse_sampling(data: Mapping[str, Any]) -> tuple[SamplingParams, Mapping[str, str]]:
+    """(fields of the sampling parameters and of what the text must look like, ``names`` of :class:`ChatCall`)."""
     given = {name: data[name] for name in _SAMPLING if data.get(name) is not None}
     # OpenAI's newer name wins where both are given, as in its own API.
     limit = next((name for name in _TOKEN_LIMITS if data.get(name) is not None), "max_tokens")
