@@ -20,6 +20,7 @@ class EmbeddingCache:
         self.budget_bytes = budget_bytes
         self.device = device
         self.used_bytes = 0
+        self.num_evicted = 0
         self._entries: OrderedDict[str, tuple[torch.Tensor | PrunedRows, torch.device]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -43,6 +44,7 @@ class EmbeddingCache:
         while self.used_bytes + size > self.budget_bytes:
             _, (dropped, _) = self._entries.popitem(last=False)
             self.used_bytes -= PrunedRows.tensor(dropped).nbytes
+            self.num_evicted += 1
         # A copy: a view would keep the whole batch it was cut from alive.
         own = tensor.to(self.device or tensor.device, copy=True)
         self._entries[digest] = _moved(rows, own), tensor.device

@@ -70,6 +70,8 @@ class EncoderStage(Stage):
         self._cache = EmbeddingCache(
             settings.mm_cache_size_mb * 2**20, None if settings.keep_mm_feature_on_device else "cpu"
         )
+        self._num_evicted = 0
+        telemetry.set("triptych_encoder_cache_limit_bytes", self._cache.budget_bytes)
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
@@ -157,6 +159,9 @@ class EncoderStage(Stage):
         if not jobs:
             return True
         self.telemetry.observe("triptych_batch_size", len(jobs))
+        now = time.monotonic()
+        for job in jobs:
+            self.telemetry.observe("triptych_queue_seconds", now - job.arrived)
         try:
             self._encode_jobs(jobs)
         except Exception as error:  # noqa: BLE001 - whatever happens, the stage goes on and the requests end
@@ -206,12 +211,18 @@ class EncoderStage(Stage):
             items = [item for item in part if item.digest in wanted]
             if not items:
                 continue
+            began = time.monotonic()
             try:
                 self._encode(items, known)
             except Exception as error:  # noqa: BLE001 - any failure of the model must end only the request at fault
                 self._encode_each(jobs, items, known, error)
             self._answer(jobs, known)
+            # on a GPU it is computed only now
+            self.telemetry.observe("triptych_encode_seconds", time.monotonic() - began)
+            self.telemetry.observe("triptych_batch_tokens", sum(item.num_rows for item in items))
         self.telemetry.set("triptych_encoder_cache_bytes", self._cache.used_bytes)
+        self.telemetry.add("triptych_encoder_cache_evictions_total", self._cache.num_evicted - self._num_evicted)
+        self._num_evicted = self._cache.num_evicted
 
     def _parts(self, items: Sequence[EncoderItem]) -> list[list[EncoderItem]]:
         """Cut so that no part has more than ``max_batch_rows`` rows, but for single items that have more."""

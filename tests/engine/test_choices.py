@@ -65,7 +65,7 @@ def test_choices_without_streaming_are_one_delta_each(make_toy):
     assert whole.usage.completion_tokens == 27
     until(lambda: toy.meter("triptych_kv_cache_usage_ratio") == 0)
     assert toy.meter("triptych_requests_total", "ok") == 2
-    assert toy.meter("triptych_prompt_tokens_total") == 6
+    assert toy.meter("triptych_prompt_tokens_total", "text") == 6
 
 
 def test_a_cancel_or_a_fault_ends_all_choices(make_toy):

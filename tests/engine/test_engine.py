@@ -340,11 +340,19 @@ def test_metrics(make_toy):
         answer.ok()
     until(lambda: toy.meter("triptych_requests_running") == 0 and toy.meter("triptych_kv_cache_usage_ratio") == 0)
     assert toy.meter("triptych_requests_total", "ok") == 3
-    assert toy.meter("triptych_prompt_tokens_total") == 30
+    assert toy.meter("triptych_prompt_tokens_total", "text") == 30
     until(lambda: toy.meter("triptych_generation_tokens_total") == 18)
     assert len(toy.meter.observed["triptych_time_to_first_token_seconds"]) == 3
     assert len(toy.meter.observed["triptych_inter_token_seconds"]) == 15
     assert len(toy.meter.observed["triptych_stage_seconds"]) == 3
+    for name in ("queue", "prefill", "request"):
+        assert len(toy.meter.observed[f"triptych_{name}_seconds"]) == 3
+        assert min(toy.meter.observed[f"triptych_{name}_seconds"]) >= 0
+    assert toy.meter.observed["triptych_request_prompt_tokens"] == [10] * 3
+    assert toy.meter.observed["triptych_request_generation_tokens"] == [6] * 3
+    assert toy.meter("triptych_answers_total", "length") == 3
+    assert sum(toy.meter.observed["triptych_batch_tokens"]) == 30 + 15
+    assert 0 < toy.meter("triptych_prefix_cache_usage_ratio") <= 1
     assert toy.meter.observed["triptych_batch_size"]
     assert abs(toy.meter("triptych_heartbeat_timestamp_seconds") - time.time()) < 60
 

@@ -111,6 +111,11 @@ class BlockPool:
         """Share of blocks in use, 0 to 1."""
         return 1 - self.num_free / self.num_blocks
 
+    @property
+    def kept(self) -> float:
+        """Share of blocks that nobody uses, but whose content is known, 0 to 1."""
+        return len(self._idle) / self.num_blocks
+
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` blocks with unknown content; blank ones first, then the idle one unused for longest.
 

@@ -65,6 +65,11 @@ class Answer:
             audio_tokens=rows["audio"],
         )
 
+    @property
+    def began(self) -> float:
+        """Arrival at the first stage, by the engine's clock."""
+        return self.arrival if self.before is None else self.arrival - (self.unix_arrival - self.before.arrival)
+
     def timings(self, now: float) -> Timings:
         """Where its time went, at the end; ``now`` of the engine's clock."""
         offset = self.unix_arrival - self.arrival
@@ -142,7 +147,7 @@ class Delivery:
             if finish:
                 choice.ended = True
                 break
-        self._measure(request, choice, len(ids), now)
+        self._measure(request, choice, len(ids), finish, now)
         timings = answer.timings(now) if finish and answer.num_open == 1 else None
         if answer.stream:
             usage = answer.usage() if finish else None
@@ -181,18 +186,33 @@ class Delivery:
         names = self._vocabulary
         top = tuple((i, names.text(i), value, names.data(i)) for i, value in sampled.top)
         token_id = sampled.token_id
-        return TokenLogprob(token_id, names.text(token_id), logprob, names.data(token_id), top)
+        return TokenLogprob(token_id, names.text(token_id), logprob, names.data(token_id), top, sampled.rank)
 
-    def _measure(self, request: Request, choice: Choice, count: int, now: float) -> None:
+    def _measure(self, request: Request, choice: Choice, count: int, finish: str, now: float) -> None:
+        telemetry, answer = self._telemetry, choice.answer
         if choice.num_output > count:
             gap = (now - choice.last_token) / count
             for _ in range(count):
-                self._telemetry.observe("triptych_inter_token_seconds", gap)
+                telemetry.observe("triptych_inter_token_seconds", gap)
         elif request.index == 0:
-            choice.answer.first_token = now
-            self._telemetry.add("triptych_prompt_tokens_total", request.num_prompt)
+            answer.first_token = now
+            usage = answer.usage()
+            kinds = {"image": usage.image_tokens, "video": usage.video_tokens, "audio": usage.audio_tokens}
+            kinds["text"] = usage.prompt_tokens - sum(kinds.values())
+            for kind, number in kinds.items():
+                if number:
+                    telemetry.add("triptych_prompt_tokens_total", number, kind=kind)
             if request.num_cached:
-                self._telemetry.add("triptych_cached_tokens_total", request.num_cached)
-            self._telemetry.observe("triptych_time_to_first_token_seconds", now - choice.answer.arrival)
+                telemetry.add("triptych_cached_tokens_total", request.num_cached)
+            admitted = answer.arrival if request.admitted is None else request.admitted
+            telemetry.observe("triptych_queue_seconds", admitted - answer.arrival)
+            telemetry.observe("triptych_prefill_seconds", now - admitted)
+            telemetry.observe("triptych_time_to_first_token_seconds", now - answer.began)
+        if choice.ended:
+            telemetry.add("triptych_answers_total", finish_reason=finish)
+            telemetry.observe("triptych_request_generation_tokens", choice.num_output)
+            if answer.num_open == 1:
+                telemetry.observe("triptych_request_prompt_tokens", request.num_prompt)
+                telemetry.observe("triptych_request_seconds", now - answer.began)
         self._generated += count
         choice.last_token = now

@@ -97,6 +97,7 @@ class Engine:
         self._stopped = False
         self._next_check = 0.0
         logger.info("engine: %s", config)
+        telemetry.set("triptych_kv_cache_tokens", min(config.num_blocks) * config.block_size)
         self._thread = threading.Thread(target=self._loop, name="triptych-engine", daemon=True)
         self._thread.start()
 
@@ -271,6 +272,7 @@ class Engine:
             self._telemetry.add("triptych_preemptions_total", len(plan.preempted))
         if plan.work:
             self._telemetry.observe("triptych_batch_size", len(plan.work))
+            self._telemetry.observe("triptych_batch_tokens", sum([work.count for work in plan.work]))
             if self._pipeline.last_s:
                 self._telemetry.observe("triptych_engine_step_seconds", self._pipeline.last_s)
             self._log.add(plan.work)
@@ -340,6 +342,7 @@ class Engine:
         self._telemetry.set("triptych_requests_running", len(self._scheduler.running))
         self._telemetry.set("triptych_requests_waiting", len(self._scheduler.waiting))
         self._telemetry.set("triptych_kv_cache_usage_ratio", self._scheduler.usage)
+        self._telemetry.set("triptych_prefix_cache_usage_ratio", self._scheduler.kept)
         self._telemetry.set("triptych_heartbeat_timestamp_seconds", time.time())
 
     def _took(self, work: Work, sampled: Sequence[Sampled]) -> None:

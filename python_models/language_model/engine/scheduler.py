@@ -79,6 +79,11 @@ class Scheduler:
         return max(pool.usage for pool in self.pools)
 
     @property
+    def kept(self) -> float:
+        """Share of blocks that hold finished requests for prompts to come, of the pool that has most, 0 to 1."""
+        return max(pool.kept for pool in self.pools)
+
+    @property
     def idle(self) -> bool:
         """Whether no block is in use."""
         return all(pool.num_free == pool.num_blocks for pool in self.pools)
