@@ -6,16 +6,21 @@ import argparse
 import base64
 import json
 import mimetypes
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from .access import ENVIRONMENT
 from .parser import CommandError
 
 SUMMARY = "ask a running server"
-DESCRIPTION = "Ask a question about pictures, videos and sounds; the answer is printed as it comes."
+DESCRIPTION = (
+    "Ask a question about pictures, videos and sounds; the answer is printed as it comes. A server with API keys gets "
+    "the one in TRIPTYCH_API_KEY."
+)
 EXAMPLES = """examples:
   triptych chat "What can you do?"
   triptych chat --image cat.png --image dog.jpg "Which one is larger?"
@@ -66,10 +71,12 @@ def run(args: argparse.Namespace) -> int:
     }
     # A long video may take a while before the first byte; only connecting has to be quick.
     timeout = httpx.Timeout(None, connect=10.0)
+    key = os.environ.get(ENVIRONMENT)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         with (
             httpx.Client(timeout=timeout, trust_env=not _is_local(url)) as client,
-            client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer,
+            client.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers) as answer,
         ):
             if answer.status_code != 200:
                 answer.read()

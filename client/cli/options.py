@@ -79,6 +79,7 @@ def refuse_with_running_server(args: argparse.Namespace) -> None:
     given += ["MODEL"] if args.model_argument is not None else []
     given += [f"--{name}" for name in ("tritonserver", "server-log") if getattr(args, name.replace("-", "_"))]
     given += [f"--{name}" for name in ("grpc-port", "http-port") if getattr(args, name.replace("-", "_"))]
+    given += ["--open-triton-management"] if args.open_triton_management else []
     if given:
         raise CommandError(
             f"{', '.join(given)} has no effect on a server that runs already (--triton-url)",

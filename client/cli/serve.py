@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import options
+from . import access, options
 
 SUMMARY = "serve a model"
 DESCRIPTION = "Build the ensemble, start Triton Inference Server and the OpenAI-compatible endpoint, supervise both."
@@ -42,12 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the engine ends a request that the endpoint has not renewed for so long (default %(default)s)",
     )
     group.add_argument(
+        "--response-store-mb",
+        type=float,
+        default=256,
+        metavar="X",
+        help="MiB of responses (/v1/responses) kept in memory for later requests; 0 keeps none (default %(default)s)",
+    )
+    group.add_argument(
         "--enable-cache-report",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="usage.prompt_tokens_details.cached_tokens in answers (on by default)",
     )
+    group.add_argument(
+        "--playground",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a page at / to try the model in a browser (on by default)",
+    )
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    access.add_arguments(parser)
     group = parser.add_argument_group("Triton server")
     group.add_argument("--tritonserver", metavar="PATH", help="program or installation folder (default: found)")
     group.add_argument("--triton-url", metavar="HOST:PORT", help="gRPC address of a running server to use instead")
@@ -59,6 +73,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="its metrics port (default: any free one; 8002 with --triton-url)",
+    )
+    group.add_argument(
+        "--triton-host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address that its ports listen on (default %(default)s: this machine alone)",
+    )
+    group.add_argument(
+        "--stages",
+        metavar="NAMES",
+        help="run only these, comma-separated, for example vision_encoder in a pool of encoders (default: all)",
     )
     group.add_argument("--server-log", metavar="FILE", help="keep the server's log here")
     group.add_argument(

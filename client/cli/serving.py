@@ -23,12 +23,14 @@ from triptych.client.launcher import Download, LauncherError, TritonServer, find
 from triptych.client.openai_api import Service, ShimOptions, create_app
 from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.settings import Settings
+from triptych.python_models.contract.tensors import STAGES
 
-from . import options
+from . import access, options
 from .parser import CommandError
 
 _SUPERVISE_S = 0.5
-_DRAIN_S = 5
+# for the last bytes of answers, once every request has ended
+_CLOSE_S = 5
 _RESTART_WINDOW_S = 600.0
 _TRITON_METRICS_PORT = 8002
 # gRPC cannot carry more in one message.
@@ -58,11 +60,13 @@ def serve(args: argparse.Namespace) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if args.triton_url:
         options.refuse_with_running_server(args)
+    access.check(args)
     settings = options.settings_of(args)
     shim = _shim_options(args)
+    triton_key = access.take_triton_key(args)
     with _listen(args.host, args.port) as listener:
         try:
-            return uvloop.run(_Serving(args, settings, shim, listener).run())
+            return uvloop.run(_Serving(args, settings, shim, triton_key, listener).run())
         except LauncherError as error:
             raise CommandError(error.message, error.remedy) from None
         except TriptychError as error:
@@ -73,9 +77,16 @@ class _Serving:
     """One run of the command."""
 
     def __init__(
-        self, args: argparse.Namespace, settings: Settings, shim: ShimOptions, listener: socket.socket
+        self,
+        args: argparse.Namespace,
+        settings: Settings,
+        shim: ShimOptions,
+        triton_key: str | None,
+        listener: socket.socket,
     ) -> None:
         self._args = args
+        self._stages = _stages(args)
+        self._triton_key = triton_key
         self._settings = settings
         self._listener = listener
         self._service = Service(shim)
@@ -83,16 +94,23 @@ class _Serving:
         self._triton: TritonServer | None = None
         self._began = time.monotonic()
         self._stopping = asyncio.Event()
+        self._draining: asyncio.Task[None] | None = None
         self._restarts: list[float] = []
 
     async def run(self) -> int:
         """Start everything, wait, stop everything."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stopping.set)
+            loop.add_signal_handler(number, self._on_signal, number)
         # The endpoint listens from the beginning, so that /health can say that the model is loading.
         config = uvicorn.Config(
-            create_app(self._service), log_level="warning", access_log=False, timeout_graceful_shutdown=_DRAIN_S
+            create_app(self._service),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=_CLOSE_S,
+            timeout_keep_alive=math.ceil(self._args.keep_alive_s),
+            ssl_certfile=self._args.ssl_certfile,
+            ssl_keyfile=self._args.ssl_keyfile,
         )
         endpoint = _Endpoint(config)
         serving = asyncio.create_task(endpoint.serve(sockets=[self._listener]))
@@ -114,18 +132,40 @@ class _Serving:
             if self._stopping.is_set():
                 _say("stopped")
 
+    def _on_signal(self, number: int) -> None:
+        # Ctrl-C is for somebody who waits, SIGTERM comes from what moves the traffic elsewhere first.
+        if number == signal.SIGTERM and self._draining is None:
+            self._draining = asyncio.create_task(self._drain(), name="drain")
+        else:
+            self._stopping.set()
+
+    async def _drain(self) -> None:
+        """Take no new requests, let those that run finish for a while, then stop."""
+        traffic, limit = self._service.traffic, self._args.drain_timeout_s
+        traffic.close()
+        if traffic.running:
+            _say(
+                f"{traffic.running} requests run; stopping once they have ended, in {limit:g} s at most (a second "
+                "signal stops at once)"
+            )
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(traffic.ended(), limit)
+        self._stopping.set()
+
     async def _start(self) -> None:
         if self._args.triton_url:
             host = self._args.triton_url.split("://")[-1].rpartition(":")[0] or self._args.triton_url
             metrics_port = self._args.metrics_port or _TRITON_METRICS_PORT
-            await self._service.connect(self._args.triton_url, f"http://{host}:{metrics_port}/metrics")
+            await self._service.connect(
+                self._args.triton_url, f"http://{host}:{metrics_port}/metrics", self._triton_key or ""
+            )
             assert self._service.settings is not None
             if not self._args.served_model_name:
                 name = options.name_of(self._service.settings.model)
                 self._service.options = replace(self._service.options, served_model_name=name)
         else:
             triton = await asyncio.to_thread(self._prepare_triton)
-            await self._service.connect(triton.grpc_url, triton.metrics_url)
+            await self._service.connect(triton.grpc_url, triton.metrics_url, triton.management_key)
         self._say_ready()
 
     def _prepare_triton(self) -> TritonServer:
@@ -145,6 +185,9 @@ class _Serving:
             embedding_dtype=placement.embedding_dtype,
             gpu_ids=placement.gpu_ids,
             log=Path(args.server_log).absolute() if args.server_log else None,
+            management_key=self._triton_key,
+            host=args.triton_host,
+            stages=self._stages,
         )
         self._bring_up(triton)
         return triton
@@ -190,7 +233,7 @@ class _Serving:
             return
         self._triton = triton = ended.another()
         await asyncio.to_thread(self._bring_up, triton)
-        await self._service.connect(triton.grpc_url, triton.metrics_url)
+        await self._service.connect(triton.grpc_url, triton.metrics_url, triton.management_key)
         self._service.metrics.server_restarts.inc()
         _say(f"ready again after {time.monotonic() - began:.1f} s")
 
@@ -207,10 +250,12 @@ class _Serving:
     def _say_ready(self) -> None:
         name = self._service.options.served_model_name
         host = self._args.host if self._args.host not in ("0.0.0.0", "::") else "127.0.0.1"
-        url = f"http://{f'[{host}]' if ':' in host else host}:{self._listener.getsockname()[1]}"
+        scheme = "https" if self._args.ssl_certfile else "http"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self._listener.getsockname()[1]}"
         body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
         _say(f"ready: {url} after {time.monotonic() - self._began:.1f} s, model {name!r}; Ctrl-C stops it")
-        _say(f"  curl {url}/v1/chat/completions -d '{body}'")
+        key = " -H 'Authorization: Bearer KEY'" if self._service.options.api_keys else ""
+        _say(f"  curl {url}/v1/chat/completions{key} -d '{body}'")
 
 
 def _shim_options(args: argparse.Namespace) -> ShimOptions:
@@ -219,6 +264,8 @@ def _shim_options(args: argparse.Namespace) -> ShimOptions:
             raise CommandError(
                 f"--{option.replace('_', '-')} must be a number greater than 0, got {getattr(args, option):g}"
             )
+    if not 0 <= args.response_store_mb < math.inf:
+        raise CommandError(f"--response-store-mb must be a number of at least 0, got {args.response_store_mb:g}")
     if args.max_body_mb > _MAX_BODY_MB:
         raise CommandError(f"--max-body-mb must be at most {_MAX_BODY_MB}, got {args.max_body_mb:g}")
     return ShimOptions(
@@ -227,8 +274,21 @@ def _shim_options(args: argparse.Namespace) -> ShimOptions:
         max_body_bytes=int(args.max_body_mb * 2**20),
         max_inflight_bytes=int(args.max_inflight_mb * 2**20),
         lease_s=args.lease_s,
+        api_keys=access.take_keys(args),
+        allowed_origins=tuple(args.allowed_origins),
+        response_store_bytes=int(args.response_store_mb * 2**20),
         enable_cache_report=args.enable_cache_report,
+        playground=args.playground,
     )
+
+
+def _stages(args: argparse.Namespace) -> tuple[str, ...]:
+    if args.stages is None:
+        return tuple(STAGES)
+    wanted = [name.strip() for name in args.stages.split(",")]
+    if unknown := [name for name in wanted if name not in STAGES]:
+        raise CommandError(f"--stages: there is no stage {unknown[0]!r}", f"there are: {', '.join(STAGES)}")
+    return tuple(name for name in STAGES if name in wanted)
 
 
 def _listen(host: str, port: int) -> socket.socket:

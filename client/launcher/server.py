@@ -26,6 +26,7 @@ from ...python_models.contract.tensors import ENSEMBLES, STAGES
 from . import guard
 from .binary import STUB, ServerBinary
 from .errors import LauncherError
+from .hide import hide
 from .runtime import RuntimeFolder
 
 HOST = "127.0.0.1"
@@ -33,6 +34,9 @@ GRACE_S = 10.0
 LOAD_ATTEMPTS = 3
 EXIT_TIMEOUT_S = 5
 CUDA_POOL_BYTES = 512 * 2**20
+# What changes the server, or lets it read memory of others; an inference and what describes a model stay open.
+MANAGEMENT = "model-repository,shared-memory,trace,logging"
+KEY_HEADER = "triptych-key"
 _POLL_S = 0.05
 # a proxy of the environment would be in the way of a local connection
 _LOCAL = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -49,6 +53,7 @@ class TritonServer:
         metrics_url: URL of the Prometheus page.
         pid: process id of tritonserver, 0 before :meth:`start`.
         log: file with what the server and the stages print.
+        management_key: what a request to load or unload a model must carry, "" where it needs nothing.
     """
 
     def __init__(
@@ -63,6 +68,9 @@ class TritonServer:
         gpu_ids: Sequence[int] = (),
         log: Path | None = None,
         stage_classes: Mapping[str, str] | None = None,
+        management_key: str | None = None,
+        host: str = HOST,
+        stages: Sequence[str] = tuple(STAGES),
     ) -> None:
         """Prepare a server; nothing runs yet.
 
@@ -74,21 +82,28 @@ class TritonServer:
             gpu_ids: GPUs of the stages that use one; none: everything on the CPU.
             log: where to keep the server's log; None: in the runtime folder, gone after :meth:`stop`.
             stage_classes: {stage: "/path/file.py:Class"} that replaces the built-in class of a stage.
+            management_key: for the endpoints of :data:`MANAGEMENT`; None makes a random one, "" leaves them open to
+                every user of this machine.
+            host: address that the server's ports listen on.
+            stages: those that are loaded, with the ensembles that need no others.
 
         Raises:
             LauncherError: a given port is taken.
         """
         self.binary = binary
         self.settings = settings
+        self._host, self._stages = host, tuple(stages)
         ports = _ports({"gRPC": grpc_port, "HTTP": http_port, "metrics": metrics_port})
         self._ports = ports
-        self.grpc_url = f"{HOST}:{ports['gRPC']}"
-        self.http_url = f"http://{HOST}:{ports['HTTP']}"
-        self.metrics_url = f"http://{HOST}:{ports['metrics']}/metrics"
+        reached = HOST if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        self.grpc_url = f"{reached}:{ports['gRPC']}"
+        self.http_url = f"http://{reached}:{ports['HTTP']}"
+        self.metrics_url = f"http://{reached}:{ports['metrics']}/metrics"
         self.pid = 0
         self._embedding_dtype = embedding_dtype
         self._gpu_ids = tuple(gpu_ids)
         self._stage_classes = dict(stage_classes or {})
+        self.management_key = secrets.token_urlsafe(24) if management_key is None else management_key
         self._wanted_log = log
         self._folder: RuntimeFolder | None = None
         self._guard: subprocess.Popen[bytes] | None = None
@@ -162,12 +177,17 @@ class TritonServer:
         """
         deadline = time.monotonic() + timeout_s
         self._wait_live(deadline)
+        if self.management_key and not hide(self.management_key, self.pid):
+            progress("the management key cannot be hidden: whoever lists this machine's processes can read it")
         progress(f"tritonserver is up (pid {self.pid}); loading the models")
-        done = 0
-        for group in (tuple(STAGES), tuple(ENSEMBLES)):
+        ensembles = [
+            name for name, spec in ENSEMBLES.items() if all(step.stage in self._stages for step in spec.steps)
+        ]
+        done, total = 0, len(self._stages) + len(ensembles)
+        for group in (self._stages, ensembles):
             for model, seconds in self._load_all(group, deadline, progress):
                 done += 1
-                progress(f"{model} is ready after {seconds:.1f} s ({done} of {len(STAGES) + len(ENSEMBLES)})")
+                progress(f"{model} is ready after {seconds:.1f} s ({done} of {total})")
 
     def reload(self, model: str) -> None:
         """Load a model anew: a stage whose process has died gets a new one, a living one is replaced.
@@ -209,6 +229,9 @@ class TritonServer:
             gpu_ids=self._gpu_ids,
             log=self._wanted_log,
             stage_classes=self._stage_classes,
+            management_key=self.management_key,
+            host=self._host,
+            stages=self._stages,
         )
 
     def alive(self) -> bool:
@@ -266,11 +289,11 @@ class TritonServer:
             f"--backend-directory={folder / 'backends'}",
             "--model-control-mode=explicit",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
-            f"--http-address={HOST}",
+            f"--http-address={self._host}",
             f"--http-port={ports['HTTP']}",
-            f"--grpc-address={HOST}",
+            f"--grpc-address={self._host}",
             f"--grpc-port={ports['gRPC']}",
-            f"--metrics-address={HOST}",
+            f"--metrics-address={self._host}",
             f"--metrics-port={ports['metrics']}",
             "--allow-gpu-metrics=" + ("true" if self._gpu_ids else "false"),
             # the configs are complete; completing them would start every stage's process twice
@@ -280,6 +303,11 @@ class TritonServer:
         for gpu in self._gpu_ids:
             # embeddings stay on the GPU between stages only while this pool has room
             options.append(f"--cuda-memory-pool-byte-size={gpu}:{CUDA_POOL_BYTES}")
+        if self.management_key:
+            options += [
+                f"--{option}={MANAGEMENT}:{KEY_HEADER}={self.management_key}"
+                for option in ("http-restricted-api", "grpc-restricted-protocol")
+            ]
         if self.binary.knows("--http-max-input-size"):
             options.append(f"--http-max-input-size={2**31 - 1}")
         return [str(self.binary.executable), *options]
@@ -345,6 +373,8 @@ class TritonServer:
 
     def _post(self, path: str, timeout_s: float | None) -> None:
         request = urllib.request.Request(f"{self.http_url}{path}", data=b"{}", method="POST")
+        if self.management_key:
+            request.add_header(KEY_HEADER, self.management_key)
         try:
             with _LOCAL.open(request, timeout=timeout_s) as answer:
                 answer.read()

@@ -15,7 +15,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from .body import discard
 from .errors import error_object
 
-ENVIRONMENT = "TRIPTYCH_API_KEY"
 # What probes and scrapers ask, which have no key; as on SGLang's server. The page holds no secret: it asks with the
 # key that its user gives it.
 FREE = re.compile(r"/(health(_generate)?|ready|live|metrics|version|favicon\.ico|assets/.*)?")

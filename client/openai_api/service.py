@@ -56,21 +56,25 @@ class Service:
         self._tasks: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
 
-    async def connect(self, grpc_url: str, metrics_url: str) -> None:
+    async def connect(self, grpc_url: str, metrics_url: str, management_key: str = "") -> None:
         """Attach to a Triton server whose stages are ready.
 
         Args:
             grpc_url: ``host:port``.
             metrics_url: where its Prometheus text is.
+            management_key: to load a stage that died; "" where the server wants none.
 
         Raises:
             TriptychError: where the server cannot be reached or is not ready.
         """
-        triton = Triton(grpc_url)
+        triton = Triton(grpc_url, management_key)
         try:
-            self.settings = await triton.settings()
             self.triton_version = await triton.version()
             stages = await triton.stages()
+            if not stages:
+                names = ", ".join(STAGES)
+                raise TriptychError(ErrorKind.UNSUPPORTED, f"the Triton server has none of {names} loaded")
+            self.settings = await triton.settings(stages[0])
             for stage in stages:
                 await triton.control(stage, timeout_s=30.0)
         except BaseException:
@@ -91,12 +95,12 @@ class Service:
         ]
         self._why_not = ""
 
-    def unavailable(self, needed: Iterable[str] = tuple(STAGES)) -> TriptychError | None:
-        """Why requests that need these stages cannot be served now, or None."""
+    def unavailable(self, needed: Iterable[str] | None = None) -> TriptychError | None:
+        """Why requests that need these stages (all that the server has) cannot be served now, or None."""
         if self._why_not:
             return TriptychError(ErrorKind.OVERLOADED, f"{self._why_not}; try again in a moment")
         assert self.monitor is not None
-        return self.monitor.why_down(needed)
+        return self.monitor.why_down(self.monitor.states if needed is None else needed)
 
     def begin(
         self, asks: Sequence[tuple[ChatRequest, tuple[bytes, ...]]], prefix: str = "chatcmpl"

@@ -12,6 +12,7 @@ from google.protobuf.json_format import MessageToJson
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc as rpc
 
+from triptych.client.launcher.server import KEY_HEADER as MANAGEMENT_HEADER
 from triptych.client.sdk import wire
 from triptych.client.sdk.client import rpc_error
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
@@ -24,11 +25,13 @@ class Triton:
 
     Args:
         url: gRPC address, ``host:port``.
+        management_key: what the server wants before it loads a model; "" where it wants nothing.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, management_key: str = "") -> None:
         self._channel = grpc.aio.insecure_channel(wire.target(url), options=wire.CHANNEL_OPTIONS)
         self._stub = rpc.GRPCInferenceServiceStub(self._channel)
+        self._management = ((f"triton-grpc-protocol-{MANAGEMENT_HEADER}", management_key),) if management_key else ()
 
     async def infer(self, message: Any) -> AsyncIterator[Any]:
         """Send one request on a stream of its own; its ``ModelInferResponse`` messages in order.
@@ -83,18 +86,18 @@ class Triton:
             request = pb.RepositoryModelLoadRequest(model_name=stage)
             config = MessageToJson(answer.config, preserving_proto_field_name=True)
             request.parameters["config"].string_param = config
-            await self._stub.RepositoryModelLoad(request, timeout=timeout_s)
+            await self._stub.RepositoryModelLoad(request, timeout=timeout_s, metadata=self._management)
         except grpc.RpcError as error:
             raise rpc_error(error) from None
 
-    async def settings(self) -> Settings:
-        """The deployment's settings, from the server itself.
+    async def settings(self, stage: str) -> Settings:
+        """The deployment's settings, from the server itself: every stage has them all.
 
         Raises:
             TriptychError: where the server cannot be reached or serves something else.
         """
         try:
-            answer = await self._stub.ModelConfig(pb.ModelConfigRequest(name="language_model"), timeout=10.0)
+            answer = await self._stub.ModelConfig(pb.ModelConfigRequest(name=stage), timeout=10.0)
         except grpc.RpcError as error:
             raise rpc_error(error) from None
         return wire.settings_of(answer)
@@ -117,12 +120,15 @@ class Triton:
         Raises:
             TriptychError: where the server cannot be reached.
         """
+        loaded = []
         try:
-            answer = await self._stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True), timeout=10.0)
+            # the list of models is behind the management key
+            for stage in STAGES:
+                if (await self._stub.ModelReady(pb.ModelReadyRequest(name=stage), timeout=10.0)).ready:
+                    loaded.append(stage)
         except grpc.RpcError as error:
             raise rpc_error(error) from None
-        loaded = {model.name for model in answer.models}
-        return [stage for stage in STAGES if stage in loaded]
+        return loaded
 
     async def close(self) -> None:
         """Close the channel."""
