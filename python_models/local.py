@@ -8,16 +8,19 @@ from __future__ import annotations
 import queue
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .contract.delta import Delta
 from .contract.errors import TriptychError
 from .contract.request import ChatRequest
 from .contract.settings import Settings
-from .contract.tensors import CHAT, STAGES, EnsembleSpec, Step
+from .contract.tensors import CHAT, GENERATE, STAGES, EnsembleSpec, Step
 from .stage import NoTelemetry, Stage, Telemetry
 from .stages import stage_class
+
+
+Sink = Callable[[Delta | TriptychError | None], None]
 
 
 class LocalEnsemble:
@@ -40,6 +43,31 @@ class LocalEnsemble:
             for name, spec in STAGES.items()
         }
 
+    def start(
+        self,
+        request: ChatRequest,
+        media: Sequence[bytes],
+        sink: Sink,
+        request_id: str | None = None,
+        ensemble: EnsembleSpec = CHAT,
+    ) -> LocalRun:
+        """Begin a request and return at once.
+
+        Args:
+            request: what to answer.
+            media: encoded media that its parts name by index.
+            sink: called with each delta, then with None; or, at any point, with the error that ended the request. From
+                the stages' threads, so it must not block.
+            request_id: unique among running requests; None makes one.
+            ensemble: which stages it goes through.
+        """
+        run = LocalRun(self.stages, ensemble, request_id or uuid.uuid4().hex, sink)
+        inputs: dict[str, Any] = {"request": [request.to_json().encode()]}
+        if media:
+            inputs["media"] = list(media)
+        run.start(inputs)
+        return run
+
     def chat(
         self,
         request: ChatRequest,
@@ -52,21 +80,19 @@ class LocalEnsemble:
         Raises:
             TriptychError: what the failing stage says.
         """
-        run = _Run(self.stages, ensemble, request_id or uuid.uuid4().hex)
-        inputs: dict[str, Any] = {"request": [request.to_json().encode()]}
-        if media:
-            inputs["media"] = list(media)
-        run.start(inputs)
+        results: queue.SimpleQueue[Delta | TriptychError | None] = queue.SimpleQueue()
+        run = self.start(request, media, results.put, request_id, ensemble)
+        done = False
         try:
-            while (item := run.results.get()) is not None:
+            while (item := results.get()) is not None:
                 if isinstance(item, TriptychError):
                     raise item
                 if not item.is_heartbeat:
                     yield item
-            run.done = True
+            done = True
         finally:
-            if not run.done:
-                self.cancel([run.request_id])
+            if not done:
+                run.cancel()
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """End these requests wherever they are."""
@@ -85,21 +111,26 @@ class LocalEnsemble:
         self.close()
 
 
-class _Run:
-    """One request on its way: a step starts as soon as all its inputs are there (or known to be absent)."""
+class LocalRun:
+    """One request on its way: a step starts as soon as all its inputs are there (or known to be absent).
 
-    def __init__(self, stages: Mapping[str, Stage], spec: EnsembleSpec, request_id: str) -> None:
-        self.stages = stages
-        self.spec = spec
+    Attributes:
+        request_id: the id under which every stage knows it.
+    """
+
+    def __init__(self, stages: Mapping[str, Stage], spec: EnsembleSpec, request_id: str, sink: Sink) -> None:
         self.request_id = request_id
-        self.results: queue.SimpleQueue[Delta | TriptychError | None] = queue.SimpleQueue()
-        self.done = False
+        self.sink = sink
+        self._stages = stages
+        self._spec = spec
         self._lock = threading.Lock()
+        self._cancelled = False
         self._tensors: dict[str, Any] = {}
         self._waiting = list(spec.steps)
 
     def start(self, inputs: Mapping[str, Any]) -> None:
-        self.arrived({spec.name: inputs.get(spec.name) for spec in self.spec.inputs})
+        """Give the ensemble's inputs."""
+        self.arrived({spec.name: inputs.get(spec.name) for spec in self._spec.inputs})
 
     def arrived(self, tensors: Mapping[str, Any]) -> None:
         """Take tensors (None: the step left it out) and start the steps that now can run."""
@@ -107,14 +138,29 @@ class _Run:
             self._tensors.update(tensors)
             ready = [s for s in self._waiting if all(name in self._tensors for name in s.inputs.values())]
             self._waiting = [s for s in self._waiting if s not in ready]
+            if self._cancelled:
+                ready = []
         for step in ready:
             given = {inner: self._tensors[outer] for inner, outer in step.inputs.items()}
             present = {name: value for name, value in given.items() if value is not None}
-            self.stages[step.stage].submit(self.request_id, present, _StepResponder(self, step))
+            self._stages[step.stage].submit(self.request_id, present, _StepResponder(self, step))
+        if ready and self._cancelled:
+            # the cancel came before the stage knew of the request
+            self._cancel_in(step.stage for step in ready)
+
+    def cancel(self) -> None:
+        """End it wherever it is; returns at once, any number of times."""
+        with self._lock:
+            self._cancelled = True
+        self._cancel_in(self._stages)
+
+    def _cancel_in(self, stages: Iterable[str]) -> None:
+        for stage in stages:
+            self._stages[stage].cancel([self.request_id])
 
 
 class _StepResponder:
-    def __init__(self, run: _Run, step: Step) -> None:
+    def __init__(self, run: LocalRun, step: Step) -> None:
         self._run = run
         self._step = step
         self._last = STAGES[step.stage].decoupled
@@ -125,10 +171,10 @@ class _StepResponder:
             self._run.arrived({outer: answer.get(inner) for inner, outer in self._step.outputs.items()})
             return
         if answer:
-            self._run.results.put(answer if isinstance(answer, Delta) else Delta.from_tensors(answer))
+            self._run.sink(answer if isinstance(answer, Delta) else Delta.from_tensors(answer))
         if final:
-            self._run.results.put(None)
+            self._run.sink(None)
 
     def fail(self, error: TriptychError) -> None:
         error.stage = error.stage or self._step.stage
-        self._run.results.put(error)
+        self._run.sink(error)

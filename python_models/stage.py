@@ -30,6 +30,12 @@ class Responder(Protocol):
     def fail(self, error: TriptychError) -> None:
         """End the request with an error."""
 
+    def render(self, renderer: Callable[[Delta], Mapping[str, Any] | None]) -> None:
+        """Deltas, merged or not, leave as the tensors that this makes of them; None is not sent.
+
+        To be called before the first one is sent. The renderer is called by one thread at a time.
+        """
+
 
 class Telemetry(Protocol):
     """Where a stage's measurements go (names: contract/metrics.py). Thread-safe, never blocks."""

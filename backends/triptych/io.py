@@ -17,6 +17,8 @@ from triptych.python_models.contract.tensors import EMBEDDING, STRING, StageSpec
 _NUMPY = {
     "TYPE_UINT8": np.dtype(np.uint8),
     "TYPE_INT32": np.dtype(np.int32),
+    "TYPE_UINT32": np.dtype(np.uint32),
+    "TYPE_BOOL": np.dtype(np.bool_),
     "TYPE_FP32": np.dtype(np.float32),
 }
 _TORCH = {"TYPE_FP32": torch.float32, "TYPE_BF16": torch.bfloat16, "TYPE_FP16": torch.float16}

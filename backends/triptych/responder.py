@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -153,8 +153,17 @@ class Sender:
         response = None
         if not isinstance(content, TriptychError):
             try:
-                tensors = content.to_tensors() if isinstance(content, Delta) else content
-                response = pb_utils.InferenceResponse(make_outputs(tensors, self._spec, self._dtypes))
+                tensors: Mapping[str, Any] | None
+                if not isinstance(content, Delta):
+                    tensors = content
+                elif (renderer := responder.renderer) is not None:
+                    tensors = renderer(content)
+                    if tensors is None and not final:
+                        return
+                else:
+                    tensors = content.to_tensors()
+                if tensors is not None:
+                    response = pb_utils.InferenceResponse(make_outputs(tensors, self._spec, self._dtypes))
             except TriptychError as error:
                 content = error
             except Exception as error:  # noqa: BLE001 - one bad tensor must not end the thread all answers go through
@@ -165,7 +174,10 @@ class Sender:
             final = True
         try:
             # an error that is not final at once leaks the ensemble's request
-            responder.wire.send(response, flags=_FINAL if final else 0)
+            if response is None:
+                responder.wire.send(flags=_FINAL)
+            else:
+                responder.wire.send(response, flags=_FINAL if final else 0)
         except Exception:  # noqa: BLE001 - nor may a broken connection
             _LOG.exception("an answer could not be handed to the server")
             final = True
@@ -193,6 +205,7 @@ class TritonResponder:
     Attributes:
         wire: the request's InferenceResponseSender; only the sender thread uses it.
         ended: whether the final response has left; only the sender thread uses it.
+        renderer: what makes tensors of deltas, where it is not their own way.
         waiting: what is to be sent, in order; as all that follows, guarded by the sender's lock.
         final: the final response has been put; it is the last of ``waiting``, or has left.
         has_spoken: it has put a token.
@@ -204,6 +217,7 @@ class TritonResponder:
         """Args: the thread to send by, the request's sender, whether several responses are allowed."""
         self.wire = wire
         self.ended = False
+        self.renderer: Callable[[Delta], Mapping[str, Any] | None] | None = None
         self.waiting: list[_Content | _Deltas] = []
         self.final = False
         self.has_spoken = False
@@ -222,6 +236,10 @@ class TritonResponder:
     def fail(self, error: TriptychError) -> None:
         """Queue an error as the final response."""
         self._sender.put(self, error, True)
+
+    def render(self, renderer: Callable[[Delta], Mapping[str, Any] | None]) -> None:
+        """See :class:`~triptych.python_models.stage.Responder`."""
+        self.renderer = renderer
 
     def add(self, content: _Content | Delta) -> None:
         """Put something behind what waits. Only the sender calls it, under its lock."""

@@ -36,7 +36,7 @@ class TokenLogprob:
     """Log probability (natural, of the distribution before temperature and filters) of a chosen token.
 
     ``text`` is the token decoded alone, ``data`` its bytes where the tokenizer can tell; ``top`` holds the most
-    likely alternatives (id, text, logprob, bytes), best first.
+    likely alternatives (id, text, logprob, bytes), best first. ``rank``: tokens that are at least as likely.
     """
 
     token_id: int
@@ -44,6 +44,7 @@ class TokenLogprob:
     logprob: float
     data: tuple[int, ...] | None = None
     top: tuple[tuple[int, str, float, tuple[int, ...] | None], ...] = ()
+    rank: int | None = None
 
 
 # not frozen: that would treble the time to make one, and the engine makes one per token
@@ -117,6 +118,7 @@ class Delta:
                     item["logprob"],
                     None if item["data"] is None else tuple(item["data"]),
                     tuple((i, t, lp, None if d is None else tuple(d)) for i, t, lp, d in item["top"]),
+                    item["rank"],
                 )
                 for item in info.get("logprobs", ())
             ),

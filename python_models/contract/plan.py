@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .generate import Form
 from .sampling import SamplingParams
 from .timings import PreprocessTimes
 
@@ -77,6 +78,7 @@ class Plan:
             for all (see ``Decoder.token_extras``).
         stop: strings that end the answer, beside those of ``sampling``.
         times: what ``preprocess`` took, and when.
+        form: of the answer, where the request came through the ensemble ``generate``.
     """
 
     items: tuple[MediaItem, ...] = ()
@@ -90,6 +92,7 @@ class Plan:
     extras: dict[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     times: PreprocessTimes | None = None
+    form: Form | None = None
 
     def to_json(self) -> str:
         """The ``plan`` tensor's text."""
@@ -115,6 +118,8 @@ class Plan:
         data["stop"] = tuple(data.get("stop", ()))
         if data.get("times") is not None:
             data["times"] = PreprocessTimes.from_json(data["times"])
+        if data.get("form") is not None:
+            data["form"] = Form(**data["form"])
         return cls(**data)
 
 

@@ -10,9 +10,10 @@ tensors, and is also the probe that tells a living stage from a dead one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 STRING, UINT8, INT32 = "TYPE_STRING", "TYPE_UINT8", "TYPE_INT32"
+BOOL, UINT32, FP32 = "TYPE_BOOL", "TYPE_UINT32", "TYPE_FP32"
 EMBEDDING = "EMBEDDING"
 """Stands for the embedding dtype of a deployment: FP32 on CPU, BF16 or FP16 on GPU."""
 
@@ -38,7 +39,9 @@ class StageSpec:
             side need it: up to release 26.02 the server never ends (and never frees) an ensemble request of which
             one step fails while another still runs.
         error_inputs: the inputs by which such errors arrive; one that is present ends the request with it.
-        needs: the input without which a request (that is no control request) is refused.
+        needs: inputs of which a request (that is no control request) must have exactly one.
+        parameters_with: a request that has this input comes with the request's own parameters too, as JSON text under
+            the name ``parameters``, though that is no tensor.
     """
 
     name: str
@@ -49,7 +52,8 @@ class StageSpec:
     help: str = ""
     error_output: str = ""
     error_inputs: tuple[str, ...] = ()
-    needs: str = ""
+    needs: tuple[str, ...] = ()
+    parameters_with: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,18 @@ class EnsembleSpec:
 
 REQUEST = TensorSpec("request", STRING, (1,), True, help="JSON, see contract/request.py")
 MEDIA = TensorSpec("media", STRING, (-1,), True, help="raw encoded media (PNG, MP4, WAV ...), one element each")
+GENERATE_INPUTS = (
+    TensorSpec("text_input", STRING, (1,), True, help="prompt, as the model reads it"),
+    TensorSpec("image", STRING, (-1,), True, help="pictures: base64, raw bytes or http(s) URLs"),
+    TensorSpec("stream", BOOL, (1,), True, help="a response for each piece of the answer"),
+    TensorSpec("sampling_parameters", STRING, (1,), True, help="JSON, see contract/vllm_sampling.py"),
+    TensorSpec("exclude_input_in_output", BOOL, (1,), True, help="leave the prompt out of the text of a whole answer"),
+    *(
+        TensorSpec(f"return_{name}", BOOL, (1,), True, help=f"send the output {name}")
+        for name in ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
+    ),
+)
+"""Named as those of Triton's vLLM backend, see contract/generate.py."""
 CANCEL = TensorSpec("cancel", STRING, (-1,), True, help="ids of requests to end now")
 RENEW = TensorSpec("renew", STRING, (-1,), True, help="ids of requests whose lease starts anew")
 
@@ -100,12 +116,23 @@ DELTA = (
     TensorSpec("info", STRING, (1,), help="JSON: usage, logprobs, matched_stop, timings; or empty"),
 )
 
+GENERATED = (
+    TensorSpec("text_output", STRING, (-1,), help="text since the last response, of each answer"),
+    TensorSpec("finish_reasons", STRING, (-1,), help="stop, length, or None while it runs"),
+    TensorSpec("cumulative_logprob", FP32, (-1,), help="sum over the tokens so far"),
+    TensorSpec("logprobs", STRING, (-1,), help="JSON, of the tokens since the last response"),
+    TensorSpec("num_input_tokens", UINT32, (1,), help="tokens of the prompt, media included"),
+    TensorSpec("num_output_tokens", UINT32, (-1,), help="tokens since the last response"),
+)
+"""In place of :data:`DELTA` where the request came as :data:`GENERATE_INPUTS`; a response has those asked for."""
+
 PREPROCESS = StageSpec(
     "preprocess",
-    (REQUEST, MEDIA, CANCEL),
+    (REQUEST, MEDIA, *GENERATE_INPUTS, CANCEL),
     (INPUT_IDS, POSITION_IDS, PLAN, VISION_FEATURES, AUDIO_FEATURES),
     help="fetches, decodes, applies chat template and processor",
-    needs=REQUEST.name,
+    needs=(REQUEST.name, "text_input"),
+    parameters_with="text_input",
 )
 VISION_ENCODER = StageSpec(
     "vision_encoder",
@@ -129,12 +156,12 @@ LANGUAGE_MODEL = StageSpec(
         *(INPUT_IDS, POSITION_IDS, PLAN, VISION_EMBEDDINGS, VISION_RUNS, AUDIO_EMBEDDINGS),
         *(VISION_ERROR, AUDIO_ERROR, CANCEL, RENEW),
     ),
-    DELTA,
+    (*DELTA, *GENERATED),
     decoupled=True,
     uses_gpu=True,
     help="continuous batching with a paged KV cache",
     error_inputs=(VISION_ERROR.name, AUDIO_ERROR.name),
-    needs=INPUT_IDS.name,
+    needs=(INPUT_IDS.name,),
 )
 STAGES = {spec.name: spec for spec in (PREPROCESS, VISION_ENCODER, AUDIO_ENCODER, LANGUAGE_MODEL)}
 
@@ -183,4 +210,30 @@ CHAT_TEXT = EnsembleSpec(
     ),
     help="text in, text out: no encoder step",
 )
-ENSEMBLES = {spec.name: spec for spec in (CHAT, CHAT_TEXT)}
+GENERATE = EnsembleSpec(
+    "generate",
+    tuple(replace(spec, optional=spec.name != "text_input") for spec in GENERATE_INPUTS),
+    # the vLLM backend has its finish reasons in one array under a name in the singular
+    tuple(replace(spec, name="finish_reason") if spec.name == "finish_reasons" else spec for spec in GENERATED),
+    (
+        Step(
+            "preprocess",
+            {spec.name: spec.name for spec in GENERATE_INPUTS},
+            {n: n for n in ("input_ids", "position_ids", "plan", "vision_features")},
+        ),
+        CHAT.steps[1],
+        Step(
+            "language_model",
+            {
+                n: n
+                for n in (
+                    *("input_ids", "position_ids", "plan"),
+                    *("vision_embeddings", "vision_runs", "vision_error"),
+                )
+            },
+            {spec.name: "finish_reason" if spec.name == "finish_reasons" else spec.name for spec in GENERATED},
+        ),
+    ),
+    help="a prompt and pictures in, text out, with the tensors of Triton's vLLM backend",
+)
+ENSEMBLES = {spec.name: spec for spec in (CHAT, CHAT_TEXT, GENERATE)}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..contract.errors import ErrorKind, TriptychError
+from ..contract.generate import Renderer
 from ..contract.settings import Settings
 from ..families.base import Decoder
 from ..stage import Responder, Stage, Telemetry
@@ -106,6 +107,8 @@ class LanguageModelStage(Stage):
             for rows in prompt.rows:
                 # the server falls back to host memory without a word when its CUDA pool is full
                 self.telemetry.add("triptych_embedding_bytes_total", rows.nbytes, device=rows.device.type)
+            if plan.form is not None:
+                responder.render(Renderer(plan.form))
             submission = Submission(
                 request_id,
                 prompt,

@@ -15,15 +15,19 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ..contract.errors import ErrorKind, TriptychError, invalid
 from ..contract.features import pack
+from ..contract.generate import Form, in_caller_words
+from ..contract.generate import read as read_generate
 from ..contract.plan import Plan
 from ..contract.request import ChatRequest
 from ..contract.settings import Settings
+from ..contract.tensors import GENERATE_INPUTS
 from ..contract.timings import MediumTimes, PreprocessTimes
 from ..families.base import Prepared, Preprocessor, refuse_modality
 from ..media.fetch import Fetcher
@@ -107,7 +111,7 @@ class PreprocessStage(Stage):
             raise
 
     def submit(self, request_id: str, inputs: Mapping[str, Any], responder: Responder) -> None:
-        """Take a request, or act on a control request (one without ``request``) and answer it with no tensors."""
+        """Take a request, or act on a control request (one with nothing to answer) and answer it with no tensors."""
         if self._closed:
             responder.fail(_shut_down())
             return
@@ -190,7 +194,7 @@ class PreprocessStage(Stage):
         """On the loop: begin a request."""
         if inputs.get("cancel") is not None:
             self._cancel([_text(item) for item in inputs["cancel"]])
-        if inputs.get("request") is None:
+        if inputs.get("request") is None and inputs.get("text_input") is None:
             responder.send({}, final=True)
             return
         if self._closed:
@@ -235,14 +239,20 @@ class PreprocessStage(Stage):
             job.responder.send(task.result(), final=True)
 
     async def _outputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        arrival = time.time()
-        blobs = [item if isinstance(item, bytes) else bytes(item) for item in inputs.get("media") or ()]
-        text = inputs["request"][0]
-        request = await self._in(self._text_threads, lambda: ChatRequest.from_json(text, len(blobs)))
+        try:
+            return await self._answer(inputs, time.time())
+        except TriptychError as error:
+            if inputs.get("text_input") is not None:
+                in_caller_words(error)
+            raise
+
+    async def _answer(self, inputs: dict[str, Any], arrival: float) -> dict[str, Any]:
+        request, blobs, form = await self._in(self._text_threads, lambda: _read(inputs))
+        prepare = partial(self._prepare, request, form, arrival)
         parts = list(request.media())
         self._check(request, blobs)
         if not parts:
-            return await self._in(self._text_threads, lambda: self._prepare(request, [], arrival))
+            return await self._in(self._text_threads, lambda: prepare([]))
         if self._waiting >= self.settings.max_queued_requests:
             raise TriptychError(
                 ErrorKind.OVERLOADED,
@@ -254,7 +264,7 @@ class PreprocessStage(Stage):
         try:
             # prepare() and decoders cannot be interrupted: what they give after the deadline is dropped
             limit = self.settings.mm_per_request_timeout
-            return await asyncio.wait_for(self._with_media(request, blobs, loading, arrival), limit)
+            return await asyncio.wait_for(self._with_media(request, blobs, loading, prepare), limit)
         except asyncio.TimeoutError:
             late = TriptychError(
                 ErrorKind.TIMEOUT,
@@ -272,17 +282,19 @@ class PreprocessStage(Stage):
         """Wait for one of the places for requests with media."""
         self._waiting += 1
         self.telemetry.add("triptych_requests_waiting", 1)
+        began = time.monotonic()
         try:
             await self._slots.acquire()
+            self.telemetry.observe("triptych_queue_seconds", time.monotonic() - began)
         finally:
             self._waiting -= 1
             self.telemetry.add("triptych_requests_waiting", -1)
 
     async def _with_media(
-        self, request: ChatRequest, blobs: Sequence[bytes], loading: Loading, arrival: float
+        self, request: ChatRequest, blobs: Sequence[bytes], loading: Loading, prepare: Callable[..., dict[str, Any]]
     ) -> dict[str, Any]:
         media = await self._loader.load(list(request.media()), blobs, loading)
-        return await self._in(self._media_threads, lambda: self._prepare(request, media, arrival, loading.times))
+        return await self._in(self._media_threads, lambda: prepare(media, loading.times))
 
     def _check(self, request: ChatRequest, blobs: Sequence[bytes]) -> None:
         """Everything that can be known before any medium is touched."""
@@ -330,7 +342,12 @@ class PreprocessStage(Stage):
             )
 
     def _prepare(
-        self, request: ChatRequest, media: Sequence[Medium], arrival: float, times: Sequence[MediumTimes] = ()
+        self,
+        request: ChatRequest,
+        form: Form | None,
+        arrival: float,
+        media: Sequence[Medium],
+        times: Sequence[MediumTimes] = (),
     ) -> dict[str, Any]:
         """Template, processor and packing, in a thread: the stage's output tensors."""
         begin = time.time()
@@ -343,13 +360,29 @@ class PreprocessStage(Stage):
                 "the answer needs at least one",
                 request.content_field,
             )
-        return _tensors(request, prepared, PreprocessTimes(arrival, tuple(times), begin, time.time()))
+        found = PreprocessTimes(arrival, tuple(times), begin, time.time())
+        self.telemetry.observe("triptych_process_seconds", found.end - begin)
+        return _tensors(request, form, prepared, found)
 
     async def _in(self, threads: Executor, work: Callable[[], _T]) -> _T:
         return await self._loop.run_in_executor(threads, work)
 
 
-def _tensors(request: ChatRequest, prepared: Prepared, times: PreprocessTimes) -> dict[str, Any]:
+def _read(inputs: Mapping[str, Any]) -> tuple[ChatRequest, Sequence[bytes], Form | None]:
+    """What is asked, by the tensors of ``chat`` or of ``generate``; the form of the answer only in the latter."""
+    if inputs.get("text_input") is not None:
+        if inputs.get("media") is not None:
+            raise invalid("media is not allowed beside text_input, whose pictures are in image", "media")
+        found = read_generate(inputs)
+        return found.request, found.blobs, found.form
+    for spec in GENERATE_INPUTS:
+        if inputs.get(spec.name) is not None:
+            raise invalid(f"{spec.name} is only allowed beside text_input", spec.name)
+    blobs = [item if isinstance(item, bytes) else bytes(item) for item in inputs.get("media") or ()]
+    return ChatRequest.from_json(inputs["request"][0], len(blobs)), blobs, None
+
+
+def _tensors(request: ChatRequest, form: Form | None, prepared: Prepared, times: PreprocessTimes) -> dict[str, Any]:
     """The output tensors of contract/tensors.py; an encoder with nothing to do gets none."""
     plan = Plan(
         items=prepared.items,
@@ -363,6 +396,7 @@ def _tensors(request: ChatRequest, prepared: Prepared, times: PreprocessTimes) -
         extras=prepared.extras,
         stop=prepared.stop,
         times=times,
+        form=form,
     )
     tensors: dict[str, Any] = {
         "input_ids": np.ascontiguousarray(prepared.input_ids, dtype=np.int32),

@@ -40,11 +40,13 @@ class Sampled:
         logprob: natural log probability under the model's own distribution (no penalties, bias, temperature, filters),
             where asked for.
         top: the most likely tokens of that distribution with theirs, best first.
+        rank: tokens of it that are at least as likely, itself among them; 0 where not asked for.
     """
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 class SamplerState:
@@ -155,7 +157,7 @@ class Pending:
         Args:
             tokens: int64 [N] on the device.
             wanted: (row, alternatives) of those that report log probabilities.
-            logprobs: their own [W], the best [W, K] and those tokens' ids [W, K], on the device.
+            logprobs: their own [W] and its rank [W], the best [W, K] and those tokens' ids [W, K], on the device.
         """
         self._wanted = wanted
         self._event: torch.cuda.Event | None = None
@@ -174,8 +176,8 @@ class Pending:
         tokens, *logprobs = (tensor.tolist() for tensor in self._host)
         out = [Sampled(token) for token in tokens]
         if self._wanted:
-            for (row, count), own, values, ids in zip(self._wanted, *logprobs, strict=True):
-                out[row] = Sampled(tokens[row], own, tuple(zip(ids[:count], values[:count], strict=True)))
+            for (row, count), own, rank, values, ids in zip(self._wanted, *logprobs, strict=True):
+                out[row] = Sampled(tokens[row], own, tuple(zip(ids[:count], values[:count], strict=True)), rank)
         return out
 
 
@@ -224,9 +226,10 @@ class Sampler:
         logprobs: Sequence[torch.Tensor] = ()
         if wanted:
             known = logits.index_select(0, sent["wanted"]).float().log_softmax(dim=-1)
-            own = known.gather(1, tokens.index_select(0, sent["wanted"])[:, None])[:, 0]
+            own = known.gather(1, tokens.index_select(0, sent["wanted"])[:, None])
+            rank = (known >= own).sum(dim=-1)
             most = min(max(count for _, count in wanted), known.shape[-1])
-            logprobs = (own, *known.topk(most, dim=-1))
+            logprobs = (own[:, 0], rank, *known.topk(most, dim=-1))
         return tokens, Pending(_told(tokens, usable), wanted, logprobs)
 
     def _remember(self, tokens: torch.Tensor, rows: Sequence[SampleRow], last_tokens: torch.Tensor) -> None:
