@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from triptych.python_models.contract.errors import TriptychError
 
-from . import errors, models, page, system
+from . import errors, models, page, responses, system
 from .chat import chat_completions
 from .documentation import document
 from .drain import Gate
@@ -41,6 +41,7 @@ def create_app(service: Service) -> FastAPI:
     async def completions(request: Request) -> Response:
         return await chat_completions(request, service)
 
+    app.include_router(responses.router(service))
     app.include_router(models.router(service))
     app.include_router(system.router(service))
     if service.options.playground:
@@ -68,7 +69,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=options.allowed_origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=("x-request-id", "retry-after"),
         )

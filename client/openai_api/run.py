@@ -52,6 +52,8 @@ class Writer(Protocol):
         """The JSON body of an answer that is not streamed."""
 
 
+Names = Mapping[str, str] | Callable[[TriptychError], TriptychError]
+
 Ask = tuple[ChatRequest, tuple[bytes, ...]]
 """A request and its media."""
 
@@ -99,7 +101,7 @@ class Run:
         service: Service,
         ticket: Ticket,
         asks: Sequence[Ask],
-        names: Mapping[str, str],
+        names: Names,
         arrival: float,
         prefix: str = "chatcmpl",
     ) -> None:
@@ -110,7 +112,7 @@ class Run:
             service: the shim's state.
             ticket: the request's share of it, released at its end.
             asks: what to generate; their choices are numbered one after the other.
-            names: see :func:`.errors.in_openai_words`.
+            names: see :func:`.errors.in_openai_words`, or what to use in its place.
             arrival: of the request, by ``time.perf_counter``.
             prefix: of ids.
 
@@ -124,7 +126,7 @@ class Run:
             raise
         self._service = service
         self._ticket = ticket
-        self._names = names
+        self._in_its_words = names if callable(names) else partial(in_openai_words, names=names)
         self._arrival = arrival
         self._saw_text = False
         self._watch = asyncio.create_task(_until_gone(request, self._generation, service))
@@ -134,13 +136,21 @@ class Run:
         """Of the answer."""
         return self._generation.id
 
-    async def answer(self, writer: Writer, stream: bool) -> Response:
-        """The response; for a stream, once the engine has accepted the request."""
+    async def answer(
+        self, writer: Writer, stream: bool, failed: Callable[[TriptychError], bytes] = sse.error_event
+    ) -> Response:
+        """The response; for a stream, once the engine has accepted the request.
+
+        Args:
+            writer: writes it.
+            stream: as events.
+            failed: the event of a failure after the stream began.
+        """
         try:
             deltas = await self._next()
             self._ticket.release_bytes()
             if stream:
-                return sse.EventStream(self._events(writer, deltas), self._close)
+                return sse.EventStream(self._events(writer, deltas, failed), self._close)
             while sum(bool(delta.finish_reason) for delta in deltas) < writer.n:
                 deltas += await self._next()
             body = writer.whole(deltas)
@@ -150,7 +160,9 @@ class Run:
         self._close()
         return JSONResponse(body)
 
-    async def _events(self, writer: Writer, deltas: list[Delta]) -> AsyncGenerator[bytes, None]:
+    async def _events(
+        self, writer: Writer, deltas: list[Delta], failed: Callable[[TriptychError], bytes]
+    ) -> AsyncGenerator[bytes, None]:
         try:
             yield writer.first_chunks()
             num_open = writer.n
@@ -164,14 +176,14 @@ class Run:
                 deltas = await self._next()
             yield data + writer.end(deltas)
         except TriptychError as error:
-            yield sse.error_event(error)
+            yield failed(error)
 
     async def _next(self) -> list[Delta]:
         try:
             deltas = await self._generation.next()
         except TriptychError as error:
             self._service.note(error)
-            raise in_openai_words(error, self._names) from None
+            raise self._in_its_words(error) from None
         if not self._saw_text and any(delta.token_ids for delta in deltas):
             self._saw_text = True
             self._service.metrics.first_token.observe(time.perf_counter() - self._arrival)

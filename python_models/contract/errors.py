@@ -22,6 +22,7 @@ class ErrorKind(Enum):
     CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
     UNSUPPORTED = "unsupported"
     MODEL_NOT_FOUND = "model_not_found"
+    NOT_FOUND = "not_found"
     TOO_LARGE = "too_large"
     OVERLOADED = "overloaded"
     CANCELLED = "cancelled"
@@ -46,6 +47,7 @@ _CODES = {
     ErrorKind.CONTEXT_LENGTH_EXCEEDED: (400, "INVALID_ARG"),
     ErrorKind.UNSUPPORTED: (400, "UNSUPPORTED"),
     ErrorKind.MODEL_NOT_FOUND: (404, "NOT_FOUND"),
+    ErrorKind.NOT_FOUND: (404, "NOT_FOUND"),
     ErrorKind.TOO_LARGE: (413, "INVALID_ARG"),
     ErrorKind.OVERLOADED: (503, "UNAVAILABLE"),
     ErrorKind.CANCELLED: (499, "CANCELLED"),
