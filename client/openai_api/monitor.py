@@ -91,7 +91,10 @@ class Monitor:
         """The error for a request that needs these stages while one of them is down, else None."""
         for stage in needed:
             state = self.states.get(stage)
-            if state is not None and not state.up:
+            if state is None:
+                there = ", ".join(self.states)
+                return TriptychError(ErrorKind.UNSUPPORTED, f"{stage} does not run on this server, which has {there}")
+            if not state.up:
                 return TriptychError(ErrorKind.STAGE_DEAD, f"{stage} is being restarted: {state.reason}", stage=stage)
         return None
 
