@@ -40,7 +40,9 @@ format: $(INSTALLED)  ## let ruff mend what it can
 	@$(BIN)/ruff format .
 
 check: $(INSTALLED)   ## mypy, strict
-	@mkdir -p .typing && ln -sfn .. .typing/triptych
+	@test ! -L .typing/triptych || rm .typing/triptych
+	@mkdir -p .typing/triptych && ln -sf $(foreach p,kernels python_models backends client,../../$(p)) .typing/triptych
+	@ln -sf $(foreach p,$(wildcard triptych/*.py),../../$(p)) .typing/triptych
 	@$(BIN)/mypy
 
 repository: $(INSTALLED)  ## write model_repository/ anew from the contract

@@ -15,10 +15,9 @@ from .contract.delta import Delta
 from .contract.errors import TriptychError
 from .contract.request import ChatRequest
 from .contract.settings import Settings
-from .contract.tensors import CHAT, GENERATE, STAGES, EnsembleSpec, Step
+from .contract.tensors import CHAT, STAGES, EnsembleSpec, Step
 from .stage import NoTelemetry, Stage, Telemetry
 from .stages import stage_class
-
 
 Sink = Callable[[Delta | TriptychError | None], None]
 

@@ -15,6 +15,8 @@ else:
 
 ROOT = Path(__file__).parents[2]
 TOP = ("kernels", "python_models", "backends", "client")
+# the package itself: what users import from it, above all others
+API = "triptych"
 
 # Which packages a module may import from; the longest matching prefix decides.
 ALLOWED = {
@@ -44,6 +46,7 @@ ALLOWED = {
         "kernels",
     ),
     "backends": ("backends", "python_models"),
+    API: (API, *TOP),
     "client": ("client", "python_models/contract", "python_models/repository", "python_models/builtin"),
 }
 # third-party package -> folders that may import it (None: torch is banned where listed in BANNED instead)
@@ -66,7 +69,7 @@ TORCH_FREE = (
 
 
 def modules() -> Iterator[Path]:
-    for top in TOP:
+    for top in (*TOP, API):
         yield from (p for p in sorted((ROOT / top).rglob("*.py")) if "__pycache__" not in p.parts)
 
 
@@ -117,8 +120,12 @@ def test_the_four_top_folders_are_namespace_portions() -> None:
 
 def test_packages_in_pyproject_match_the_tree() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    found = {f"triptych.{top}" for top in TOP}
-    found |= {"triptych." + ".".join(p.parent.relative_to(ROOT).parts) for p in modules() if p.name == "__init__.py"}
+    found = {API} | {f"triptych.{top}" for top in TOP}
+    found |= {
+        "triptych." + ".".join(p.parent.relative_to(ROOT).parts)
+        for p in modules()
+        if p.name == "__init__.py" and p.parent != ROOT / API
+    }
     assert listed == found
 
 
@@ -134,7 +141,7 @@ def test_imports_only_go_down() -> None:
         here = place(path)
         rule = max((r for r in ALLOWED if here == r or here.startswith(f"{r}/")), key=len)
         for target, _ in imports(path):
-            if target.split("/")[0] in TOP and not any(
+            if target.split("/")[0] in (*TOP, API) and not any(
                 target == a or target.startswith(f"{a}/") for a in ALLOWED[rule]
             ):
                 wrong.append(f"{here} imports {target}; allowed: {ALLOWED[rule]}")
