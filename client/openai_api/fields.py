@@ -17,9 +17,9 @@ from triptych.python_models.contract.request import (
     continuation,
     priority,
     template_variables,
-    tools,
 )
 from triptych.python_models.contract.sampling import SamplingParams
+from triptych.python_models.contract.tools import calling, reasoning_effort, tools
 
 from . import parts
 from .errors import in_openai_words
@@ -39,10 +39,15 @@ CHAT_EXTRAS = (
     *("regex", "ebnf", "priority", "cache_salt", "chat_template_kwargs"),
 )
 # What the chat template gets; the last three are SGLang's and vLLM's names.
-_TEMPLATE = ("tools", "tool_choice", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+_TEMPLATE = (
+    *("tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"),
+    *("chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
+)
+# What becomes of reasoning: SGLang's names.
+_REASONING = ("separate_reasoning", "stream_reasoning")
 _OWN = (
     *("model", "messages", "stream", "stream_options", "priority", "cache_salt", "return_timings"),
-    *(*_GRAMMARS, *_TOKEN_LIMITS, *_TEMPLATE),
+    *(*_GRAMMARS, *_TOKEN_LIMITS, *_TEMPLATE, *_REASONING),
 )
 
 
@@ -70,6 +75,7 @@ class ChatCall:
         names: what the body calls fields of the contract that have other names there, for error messages.
         service_tier: what the answer says of it: null where the request did not ask.
         return_timings: say at the end what the time went to.
+        stream_reasoning: send reasoning as it comes, not in one piece at its end.
     """
 
     request: ChatRequest
@@ -78,6 +84,7 @@ class ChatCall:
     names: Mapping[str, str]
     service_tier: str | None = None
     return_timings: bool = False
+    stream_reasoning: bool = True
 
 
 def parse(body: bytes, served_model_name: str, lease_s: float) -> ChatCall:
@@ -115,8 +122,12 @@ def parse_fields(data: Mapping[str, Any], served_model_name: str, lease_s: float
         cache_salt="" if data.get("cache_salt") is None else parts.text(cache_salt(data["cache_salt"]), "cache_salt"),
         template=_template(data, messages),
     )
+    if request.template.tools:
+        names = {"grammar": "tools", **names}
     tier = None if data.get("service_tier") is None else "default"
-    return ChatCall(request, tuple(blobs), stream_options, names, tier, optional_boolean(data, "return_timings"))
+    timed = optional_boolean(data, "return_timings")
+    streamed = data.get("stream_reasoning") is None or check.boolean(data["stream_reasoning"], "stream_reasoning")
+    return ChatCall(request, tuple(blobs), stream_options, names, tier, timed, streamed)
 
 
 def json_object(body: bytes) -> Mapping[str, Any]:
@@ -142,17 +153,22 @@ def check_model(data: Mapping[str, Any], served_model_name: str) -> None:
 
 
 def _template(data: Mapping[str, Any], messages: Sequence[Message]) -> TemplateInputs:
-    given = tools(data["tools"]) if data.get("tools") is not None else ()
-    choice = data.get("tool_choice")
-    if choice is not None:
-        only("none", "auto")(choice, "tool_choice")
+    given, how = calling(
+        tools(data["tools"]) if data.get("tools") is not None else (),
+        data.get("tool_choice"),
+        data.get("parallel_tool_calls"),
+    )
     variables = data.get("chat_template_kwargs")
     given_add = data.get("add_generation_prompt") is not None
     add = optional_boolean(data, "add_generation_prompt") if given_add else None
     ending = continuation(add, optional_boolean(data, "continue_final_message"), messages)
-    # with "none" the model is not told of them: it must call none
     return TemplateInputs(
-        () if choice == "none" else given, {} if variables is None else template_variables(variables), *ending
+        given,
+        {} if variables is None else template_variables(variables),
+        *ending,
+        how,
+        reasoning_effort(data.get("reasoning_effort")),
+        data.get("separate_reasoning") is None or check.boolean(data["separate_reasoning"], "separate_reasoning"),
     )
 
 
@@ -280,13 +296,11 @@ NEUTRAL: dict[str, Callable[[Any, str], Any]] = {
     "metadata": _labels,
     "modalities": only(["text"]),
     "moderation": only(),
-    "parallel_tool_calls": check.boolean,
     "prediction": only(),
     # every prompt is cached, for as long as there is room
     "prompt_cache_key": check.string,
     "prompt_cache_options": _cache_options,
     "prompt_cache_retention": only("in_memory", "24h"),
-    "reasoning_effort": only("none"),
     "safety_identifier": check.string,
     "service_tier": only("auto", "default"),
     "store": only(False),

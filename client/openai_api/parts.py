@@ -21,12 +21,13 @@ from triptych.python_models.contract.request import (
     Part,
     TextPart,
 )
+from triptych.python_models.contract.tools import TURN_FIELDS, may_be_silent, turn_fields
 
 AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
 PART_TYPES = ("text", "image_url", "video_url", "audio_url", "input_audio")
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
 # What an OpenAI client sends back when it appends an answer to the conversation; nothing here makes any of them.
-_EMPTY_IN_MESSAGE = ("refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content")
+_EMPTY_IN_MESSAGE = ("refusal", "audio", "function_call", "annotations")
 
 
 def messages(value: Any, blobs: list[bytes]) -> tuple[Message, ...]:
@@ -58,7 +59,7 @@ def text(value: Any, where: str) -> str:
 
 def _message(value: Any, where: str, blobs: list[bytes]) -> Message:
     data = check.mapping(value, where)
-    check.known_keys(data, ("role", "content", "name", *_EMPTY_IN_MESSAGE), where)
+    check.known_keys(data, ("role", "content", *TURN_FIELDS, *_EMPTY_IN_MESSAGE), where)
     role = data.get("role")
     if role not in ROLES:
         raise invalid(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}", f"{where}.role")
@@ -67,14 +68,16 @@ def _message(value: Any, where: str, blobs: list[bytes]) -> Message:
             raise TriptychError(
                 ErrorKind.UNSUPPORTED, f"{where}.{key} is not supported; leave it out or empty", f"{where}.{key}"
             )
-    if data.get("name") is not None:
-        text(data["name"], f"{where}.name")
+    turn = turn_fields(data, role, where)
     content = data.get("content")
-    if isinstance(content, str):
-        return Message(role, (TextPart(text(content, f"{where}.content")),), plain=True)
+    if isinstance(content, str) and (content or not may_be_silent(turn)):
+        return Message(role, (TextPart(text(content, f"{where}.content")),), True, **turn)
+    if not content and may_be_silent(turn):
+        return Message(role, (), True, **turn)
     if not isinstance(content, list) or not content:
         raise invalid(f"{where}.content must be a string or a list with at least one part", f"{where}.content")
-    return Message(role, tuple(_part(item, f"{where}.content[{i}]", blobs) for i, item in enumerate(content)))
+    parts = tuple(_part(item, f"{where}.content[{i}]", blobs) for i, item in enumerate(content))
+    return Message(role, parts, **turn)
 
 
 def _part(value: Any, where: str, blobs: list[bytes]) -> Part:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .answer import Syntax
 from .timings import Timings
 
 
@@ -21,6 +22,7 @@ class Usage:
         cached_tokens: of those, served from the prefix cache.
         completion_tokens: generated tokens.
         image_tokens, video_tokens, audio_tokens: prompt tokens that media took.
+        reasoning_tokens: generated tokens of reasoning, its marks included, where the caller sets it apart.
     """
 
     prompt_tokens: int = 0
@@ -29,6 +31,7 @@ class Usage:
     image_tokens: int = 0
     video_tokens: int = 0
     audio_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Delta:
             that the last delta of a request holds the final ones.
         index: choice number, below ``n`` of the sampling parameters.
         timings: on the last delta of a request.
+        syntax: on the first delta, of all choices, where they may hold calls or reasoning.
     """
 
     text: str = ""
@@ -72,6 +76,7 @@ class Delta:
     usage: Usage | None = None
     index: int = 0
     timings: Timings | None = None
+    syntax: Syntax | None = None
 
     @property
     def is_heartbeat(self) -> bool:
@@ -89,9 +94,12 @@ class Delta:
         }
 
     def _info(self) -> str:
+        # the syntax is never without usage
         if self.usage is None and self.matched_stop is None and not self.logprobs and self.timings is None:
             return ""
         info: dict[str, Any] = {}
+        if self.syntax is not None:
+            info["syntax"] = vars(self.syntax)
         if self.usage is not None:
             info["usage"] = vars(self.usage)
         if self.matched_stop is not None:
@@ -127,6 +135,7 @@ class Delta:
             usage=Usage(**info["usage"]) if "usage" in info else None,
             index=int(tensors["index"][0]),
             timings=Timings.from_json(info["timings"]) if "timings" in info else None,
+            syntax=Syntax(**info["syntax"]) if "syntax" in info else None,
         )
 
 
@@ -149,6 +158,7 @@ def merge(first: Delta, second: Delta) -> Delta:
         second.usage if second.usage is not None else first.usage,
         first.index,
         second.timings,
+        first.syntax,
     )
 
 

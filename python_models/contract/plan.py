@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .answer import Syntax
 from .generate import Form
 from .sampling import SamplingParams
 from .timings import PreprocessTimes
@@ -79,6 +80,7 @@ class Plan:
         stop: strings that end the answer, beside those of ``sampling``.
         times: what ``preprocess`` took, and when.
         form: of the answer, where the request came through the ensemble ``generate``.
+        syntax: what the answer is written in, where it may hold calls or reasoning.
     """
 
     items: tuple[MediaItem, ...] = ()
@@ -93,6 +95,7 @@ class Plan:
     stop: tuple[str, ...] = ()
     times: PreprocessTimes | None = None
     form: Form | None = None
+    syntax: Syntax | None = None
 
     def to_json(self) -> str:
         """The ``plan`` tensor's text."""
@@ -120,6 +123,8 @@ class Plan:
             data["times"] = PreprocessTimes.from_json(data["times"])
         if data.get("form") is not None:
             data["form"] = Form(**data["form"])
+        if data.get("syntax") is not None:
+            data["syntax"] = Syntax(**data["syntax"])
         return cls(**data)
 
 

@@ -18,7 +18,6 @@ its media beside it::
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -26,14 +25,30 @@ from typing import Any
 from . import _check as check
 from .errors import invalid
 from .sampling import SamplingParams
+from .tools import (
+    ANY_CALLS,
+    TURN_FIELDS,
+    Calling,
+    Tool,
+    ToolCall,
+    call_json,
+    calling,
+    check_unicode,
+    choice_json,
+    may_be_silent,
+    reasoning_effort,
+    tools,
+    turn_fields,
+)
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MODALITIES = ("image", "video", "audio")
 MAX_SALT = 256
-MAX_TOOLS = 128
-_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_PROMPT_IDS = 2**24
-_CHAT_FIELDS = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+_CHAT_FIELDS = (
+    *("tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "separate_reasoning"),
+    *("chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
+)
 _FIELDS = ("messages", "prompt", "sampling", "stream", *_CHAT_FIELDS)
 _OPTIONAL = {"lease_s": None, "timeout_s": None, "priority": 0, "cache_salt": ""}
 
@@ -141,11 +156,30 @@ Part = TextPart | MediaPart
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. ``plain`` is True where the caller gave a string, not a list of parts (templates may differ)."""
+    """One turn.
+
+    Attributes:
+        role: one of :data:`ROLES`.
+        parts: its content; none where an assistant's turn has only calls or reasoning.
+        plain: True where the caller gave a string, not a list of parts (templates may differ).
+        name: of who speaks, or of the function that a message of role tool is the result of.
+        reasoning: before an assistant's answer, for templates that read ``reasoning_content``.
+        tool_calls: of an assistant's turn.
+        tool_call_id: the call that a message of role tool answers.
+    """
 
     role: str
     parts: tuple[Part, ...]
     plain: bool = False
+    name: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+    @property
+    def text(self) -> str:
+        """All its text."""
+        return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
 @dataclass(frozen=True)
@@ -179,12 +213,18 @@ class TemplateInputs:
         add_generation_prompt: end where the assistant begins to speak.
         continue_final_message: end with the last message, an assistant's, left open, so that the answer goes on with
             it; not with ``add_generation_prompt``.
+        calling: how the tools may be called.
+        reasoning_effort: how much the model is to reason, for templates that can say so; "" is as they have it.
+        separate_reasoning: the caller sets reasoning apart from the answer: it is told how, and tokens are counted.
     """
 
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Tool, ...] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    calling: Calling = ANY_CALLS
+    reasoning_effort: str = ""
+    separate_reasoning: bool = False
 
 
 NO_INPUTS = TemplateInputs()
@@ -203,7 +243,8 @@ class ChatRequest:
         timeout_s: end the request after this many seconds in any case; None: the server's limit.
         priority: waiting requests with a higher one are admitted first, and lose their KV blocks last.
         cache_salt: requests share the prefix cache only with those of the same salt.
-        template: fields ``tools``, ``chat_template_kwargs``, ``add_generation_prompt``, ``continue_final_message``.
+        template: fields ``tools``, ``tool_choice``, ``parallel_tool_calls``, ``reasoning_effort``,
+            ``separate_reasoning``, ``chat_template_kwargs``, ``add_generation_prompt``, ``continue_final_message``.
         prompt: in place of messages.
     """
 
@@ -290,8 +331,11 @@ class ChatRequest:
         for name, default in _OPTIONAL.items():
             if (value := getattr(self, name)) != default:
                 data[name] = value
-        if self.template.tools:
-            data["tools"] = self.template.tools
+        data |= choice_json(self.template.tools, self.template.calling)
+        if self.template.reasoning_effort:
+            data["reasoning_effort"] = self.template.reasoning_effort
+        if self.template.separate_reasoning:
+            data["separate_reasoning"] = True
         if self.template.variables:
             data["chat_template_kwargs"] = self.template.variables
         if not self.template.add_generation_prompt:
@@ -317,37 +361,10 @@ def cache_salt(value: Any) -> str:
     return str(value)
 
 
-def tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Field ``tools``, checked."""
-    if not isinstance(value, list):
-        raise invalid(f"tools must be a list, not {check.json_type(value)}", "tools")
-    if len(value) > MAX_TOOLS:
-        raise invalid(f"tools has {len(value)} entries; at most {MAX_TOOLS} are allowed", "tools")
-    for index, item in enumerate(value):
-        where = f"tools[{index}]"
-        tool = check.mapping(item, where)
-        check.known_keys(tool, ("type", "function"), where)
-        if tool.get("type") != "function":
-            raise invalid(f"{where}.type must be function, got {tool.get('type')!r}", f"{where}.type")
-        where += ".function"
-        function = check.mapping(tool.get("function"), where)
-        check.known_keys(function, ("name", "description", "parameters", "strict"), where)
-        if not _TOOL_NAME.fullmatch(check.string(function.get("name"), f"{where}.name")):
-            raise invalid(f"{where}.name must be 1 to 64 letters, digits, underscores and dashes", f"{where}.name")
-        if function.get("description") is not None:
-            check.string(function["description"], f"{where}.description")
-        if function.get("parameters") is not None:
-            check.mapping(function["parameters"], f"{where}.parameters")
-        if function.get("strict") is not None:
-            check.boolean(function["strict"], f"{where}.strict")
-    _check_unicode(value, "tools")
-    return tuple(value)
-
-
 def template_variables(value: Any) -> Mapping[str, Any]:
     """Field ``chat_template_kwargs``, checked; which names there are, the template says."""
     found = check.mapping(value, "chat_template_kwargs")
-    _check_unicode(found, "chat_template_kwargs")
+    check_unicode(found, "chat_template_kwargs")
     return found
 
 
@@ -366,7 +383,8 @@ def continuation(add: bool | None, go_on: bool, messages: Sequence[Message]) -> 
             "add_generation_prompt",
         )
     last = messages[-1]
-    if last.role != "assistant" or not isinstance(last.parts[-1], TextPart) or not last.parts[-1].text.strip():
+    end = last.parts[-1] if last.parts else None
+    if last.role != "assistant" or last.tool_calls or not isinstance(end, TextPart) or not end.text.strip():
         raise invalid(
             "continue_final_message needs a last message of role assistant that ends with a text",
             "continue_final_message",
@@ -382,7 +400,15 @@ def _template(data: Mapping[str, Any], messages: Sequence[Message]) -> TemplateI
     )
     go_on = check.boolean(data.get("continue_final_message", False), "continue_final_message")
     variables = template_variables(data.get("chat_template_kwargs", {}))
-    return TemplateInputs(tools(data.get("tools", [])), variables, *continuation(add, go_on, messages))
+    given, how = calling(tools(data.get("tools", [])), data.get("tool_choice"), data.get("parallel_tool_calls"))
+    return TemplateInputs(
+        given,
+        variables,
+        *continuation(add, go_on, messages),
+        how,
+        reasoning_effort(data.get("reasoning_effort")),
+        check.boolean(data.get("separate_reasoning", False), "separate_reasoning"),
+    )
 
 
 def _prompt(value: Any) -> RawPrompt:
@@ -403,7 +429,7 @@ def _prompt(value: Any) -> RawPrompt:
     special = check.boolean(data.get("add_special_tokens", True), "prompt.add_special_tokens")
     if "text" in data:
         text = check.string(data["text"], "prompt.text")
-        _check_unicode(text, "prompt.text")
+        check_unicode(text, "prompt.text")
         return RawPrompt(text, None, tuple(parts), special)
     return RawPrompt(None, prompt_ids(data["token_ids"], "prompt.token_ids"), tuple(parts), special)
 
@@ -431,13 +457,6 @@ def _prompt_json(prompt: RawPrompt) -> dict[str, Any]:
     return data
 
 
-def _check_unicode(value: Any, where: str) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise invalid(f"{where} is not valid Unicode: it has an unpaired surrogate", where) from None
-
-
 def _messages(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
         raise invalid("messages must be a list with at least one message", "messages")
@@ -446,16 +465,19 @@ def _messages(value: Any) -> tuple[Message, ...]:
 
 def _message(value: Any, where: str) -> Message:
     data = check.mapping(value, where)
-    check.known_keys(data, ("role", "content"), where)
+    check.known_keys(data, ("role", "content", *TURN_FIELDS), where)
     role = data.get("role")
     if role not in ROLES:
         raise invalid(f"{where}.role must be one of {', '.join(ROLES)}, got {role!r}", f"{where}.role")
+    turn = turn_fields(data, role, where)
     content = data.get("content")
     if isinstance(content, str):
-        return Message(role, (TextPart(content),), plain=True)
+        return Message(role, (TextPart(content),), True, **turn)
+    if content is None and may_be_silent(turn):
+        return Message(role, (), True, **turn)
     if not isinstance(content, list) or not content:
         raise invalid(f"{where}.content must be a string or a list with at least one part", f"{where}.content")
-    return Message(role, tuple(_part(item, f"{where}.content[{i}]") for i, item in enumerate(content)))
+    return Message(role, tuple(_part(item, f"{where}.content[{i}]") for i, item in enumerate(content)), **turn)
 
 
 def _part(value: Any, where: str) -> Part:
@@ -477,9 +499,16 @@ def _part(value: Any, where: str) -> Part:
 
 
 def _message_json(message: Message) -> dict[str, Any]:
+    data: dict[str, Any] = {"role": message.role}
     if message.plain and len(message.parts) == 1 and isinstance(message.parts[0], TextPart):
-        return {"role": message.role, "content": message.parts[0].text}
-    return {"role": message.role, "content": [_part_json(part) for part in message.parts]}
+        data["content"] = message.parts[0].text
+    else:
+        data["content"] = [_part_json(part) for part in message.parts] or None
+    given = {"name": message.name, "reasoning_content": message.reasoning, "tool_call_id": message.tool_call_id}
+    data |= {name: value for name, value in given.items() if value}
+    if message.tool_calls:
+        data["tool_calls"] = [call_json(call) for call in message.tool_calls]
+    return data
 
 
 def _part_json(part: Part) -> dict[str, Any]:

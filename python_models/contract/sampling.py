@@ -18,7 +18,7 @@ MAX_NGRAM_SIZE = 1024
 MAX_GRAMMAR_BYTES = 128 * 1024
 # compiling takes time that grows with the square of it, at least
 MAX_SCHEMA_DEPTH = 128
-GRAMMAR_TYPES = ("json_object", "json_schema", "regex", "ebnf")
+GRAMMAR_TYPES = ("json_object", "json_schema", "regex", "ebnf", "structural_tag")
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Grammar:
     """What the text of an answer must look like.
 
     Attributes:
-        type: "json_object" (any JSON object), "json_schema", "regex" (the whole text matches) or "ebnf" (GBNF, the
-            start rule is ``root``).
-        value: the JSON text of the schema, the expression or the rules; "" for json_object.
+        type: "json_object" (any JSON object), "json_schema", "regex" (the whole text matches), "ebnf" (GBNF, the
+            start rule is ``root``) or "structural_tag" (xgrammar's formats of texts with calls and schemas in them).
+        value: the JSON text of the schema or the format, the expression or the rules; "" for json_object.
     """
 
     type: str
@@ -53,7 +53,7 @@ class Grammar:
             if text:
                 raise invalid(f"{where} must be left out for json_object", where)
             return cls(kind)
-        if kind == "json_schema":
+        if kind in ("json_schema", "structural_tag"):
             text = _schema(text, where)
         if not check.string(text, where):
             raise invalid(f"{where} must not be empty", where)

@@ -120,6 +120,7 @@ class LanguageModelStage(Stage):
                 plan.priority,
                 plan.cache_salt,
                 plan.times,
+                plan.syntax,
             )
             self.engine.submit(submission)
         except TriptychError as error:
@@ -130,6 +131,10 @@ class LanguageModelStage(Stage):
             self.telemetry.add("triptych_requests_total", outcome=ErrorKind.STAGE_FAILED.value)
             message = f"the language model cannot read this request: {type(error).__name__}: {error}"
             responder.fail(TriptychError(ErrorKind.STAGE_FAILED, message, None, "language_model"))
+
+    def flush(self, responder: Responder) -> None:
+        """See :class:`~triptych.python_models.stage.Stage`; only while no request runs or waits."""
+        self.engine.flush(responder)
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """See :class:`~triptych.python_models.stage.Stage`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from ...contract.answer import Syntax
 from ...contract.errors import ErrorKind, TriptychError
 from ...contract.sampling import SamplingParams
 from ...contract.timings import PreprocessTimes
@@ -31,6 +32,7 @@ class Submission:
         priority: higher ones are served first.
         cache_salt: it shares the prefix cache only with requests of the same.
         before: when the stage that made the prompt did what.
+        syntax: what the answer is written in.
     """
 
     request_id: str
@@ -43,6 +45,7 @@ class Submission:
     priority: int = 0
     cache_salt: str = ""
     before: PreprocessTimes | None = None
+    syntax: Syntax | None = None
 
 
 class Admission:
@@ -92,6 +95,7 @@ class Admission:
             last_sent=now,
             unix_arrival=time.time(),
             before=submission.before,
+            syntax=submission.syntax,
         )
         seed = draw_seed() if params.seed is None else params.seed
         # without a prefix cache the choices of one prompt still share it, among themselves

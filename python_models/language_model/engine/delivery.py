@@ -6,12 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ...contract.answer import Syntax
 from ...contract.delta import Delta, TokenLogprob, Usage
 from ...contract.errors import TriptychError
 from ...contract.sampling import SamplingParams
 from ...contract.timings import PreprocessTimes, Timings
 from ...stage import Responder, Telemetry
 from .detokenizer import Detokenizer, Tokenizer, Vocabulary
+from .reasoning import ReasoningCount
 from .request import Prompt, Request
 from .sampler import Sampled
 
@@ -28,6 +30,7 @@ class Answer:
         arrival, renewed, last_sent: times of the engine's clock.
         unix_arrival: ``arrival`` as Unix time.
         before: of the stage that made the prompt.
+        syntax: what its text is written in, where it may hold calls or reasoning.
         first_token: when the first choice's came.
         choices: a request for each choice.
         num_open: choices that have not ended.
@@ -46,6 +49,7 @@ class Answer:
     last_sent: float
     unix_arrival: float
     before: PreprocessTimes | None = None
+    syntax: Syntax | None = None
     first_token: float = 0.0
     choices: list[Request] = field(default_factory=list)
     num_open: int = 0
@@ -63,6 +67,7 @@ class Answer:
             image_tokens=rows["image"],
             video_tokens=rows["video"],
             audio_tokens=rows["audio"],
+            reasoning_tokens=sum(r.choice.reasoning.tokens for r in self.choices if r.choice and r.choice.reasoning),
         )
 
     @property
@@ -101,6 +106,7 @@ class Choice:
         last_token: time of the newest.
         text, logprobs: kept where nothing is streamed.
         ended: it has its finish reason.
+        reasoning: counts its tokens, where it is set apart.
     """
 
     answer: Answer
@@ -110,6 +116,7 @@ class Choice:
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     ended: bool = False
+    reasoning: ReasoningCount | None = None
 
 
 class Delivery:
@@ -123,7 +130,11 @@ class Delivery:
 
     def choice(self, answer: Answer) -> Choice:
         """A new choice of an answer."""
-        return Choice(answer, Detokenizer(self._vocabulary, answer.sampling))
+        syntax = answer.syntax
+        if syntax is None:
+            return Choice(answer, Detokenizer(self._vocabulary, answer.sampling))
+        count = None if syntax.marks is None else ReasoningCount(syntax.marks, syntax.reasons)
+        return Choice(answer, Detokenizer(self._vocabulary, answer.sampling, syntax.tokens), reasoning=count)
 
     def take(self, request: Request, choice: Choice, sampled: Sequence[Sampled], now: float) -> Delta | None:
         """Take new tokens; what there is to say, if anything. Tokens behind an end are dropped.
@@ -173,6 +184,8 @@ class Delivery:
         if token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos):
             return "stop", token_id, choice.detokenizer.finish()
         piece = choice.detokenizer.add(token_id)
+        if choice.reasoning is not None:
+            choice.reasoning.add(piece.text)
         if piece.matched_stop is not None:
             return "stop", piece.matched_stop, piece.text
         grammar = request.sampler.grammar

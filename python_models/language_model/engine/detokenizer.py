@@ -37,8 +37,9 @@ class Piece:
 class Detokenizer:
     """The text of one answer: complete characters only, what may be the beginning of a stop string is held back."""
 
-    def __init__(self, vocabulary: Vocabulary, params: SamplingParams) -> None:
-        self._text: _Bytes | _Window = vocabulary.stream(params.skip_special_tokens)
+    def __init__(self, vocabulary: Vocabulary, params: SamplingParams, kept: frozenset[str] = frozenset()) -> None:
+        """Args: ``kept``: special tokens that belong to the text even where others are left out."""
+        self._text: _Bytes | _Window = vocabulary.stream(params.skip_special_tokens, kept)
         self._stop = params.stop
         self._min_tokens = params.min_tokens
         self._held = ""
@@ -106,8 +107,10 @@ class _Window:
     is left decodes to the same text without what went before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, left_out: frozenset[int] = frozenset()) -> None:
+        """Args: the tokenizer; whether to have it leave special tokens out; ids that are left out in any case."""
         self._tokenizer = tokenizer
+        self._left_out = left_out
         # cleaning up would take back text that was already sent
         self._options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         self._window: list[int] = []
@@ -115,6 +118,8 @@ class _Window:
 
     def add(self, token_id: int) -> str:
         """Characters that are complete with this token."""
+        if token_id in self._left_out:
+            return ""
         self._window.append(token_id)
         text = self._decode()
         # bytes that never become a character are let go at last
@@ -153,14 +158,19 @@ class Vocabulary:
         self._byte_level = "ByteLevel" in steps
         self._only_bytes = steps == {"ByteLevel"}
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._special = {token_id: str(token.content) for token_id, token in added.items() if token.special}
         self._known: dict[int, bytes] = {}
 
-    def stream(self, skip_special_tokens: bool) -> _Bytes | _Window:
-        """The text of an answer, token by token."""
+    def stream(self, skip_special_tokens: bool, kept: frozenset[str] = frozenset()) -> _Bytes | _Window:
+        """The text of an answer, token by token. Args: see :class:`Detokenizer`."""
+        left_out = frozenset[int]()
+        if skip_special_tokens:
+            left_out = frozenset(token_id for token_id, text in self._special.items() if text not in kept)
         if self._only_bytes:
-            return _Bytes(self._bytes, self._special if skip_special_tokens else frozenset())
-        return _Window(self._tokenizer, skip_special_tokens)
+            return _Bytes(self._bytes, left_out)
+        if len(left_out) == len(self._special):
+            return _Window(self._tokenizer, skip_special_tokens)
+        return _Window(self._tokenizer, False, left_out)
 
     def _bytes(self, token_id: int) -> bytes:
         """A token of byte-level BPE as its decoder has it: added tokens stand for themselves."""

@@ -16,7 +16,7 @@ import torch
 
 from ...contract.delta import Delta
 from ...contract.errors import ErrorKind, TriptychError
-from ...stage import Telemetry
+from ...stage import Responder, Telemetry
 from ..runner.step import Runner
 from .admission import Admission, Submission
 from .batch_log import BatchLog
@@ -118,7 +118,7 @@ class Engine:
         grammar = submission.sampling.grammar
         if grammar is None:
             # the caller learns at once that the request is here, before anything else it hears
-            answer.deliver(Delta(usage=answer.usage()))
+            answer.deliver(Delta(usage=answer.usage(), syntax=answer.syntax))
         if not self._post(lambda: self._register(answer)):
             answer.done = True
             self._count_out(answer, ErrorKind.STAGE_DEAD.value)
@@ -130,6 +130,11 @@ class Engine:
         """End these requests with CANCELLED within a step."""
         wanted = frozenset(request_ids) - {""}
         self._post(lambda: self._cancel(wanted))
+
+    def flush(self, responder: Responder) -> None:
+        """Forget every prompt; the responder learns that it was done, or that requests are in the way."""
+        if not self._post(lambda: self._flush(responder)):
+            responder.fail(_stopped())
 
     def renew(self, request_ids: Sequence[str]) -> None:
         """Restart the leases of these requests."""
@@ -220,7 +225,7 @@ class Engine:
             self._post(lambda: self._fail(answer, error))
             return
         # accepted only now: until then the request can turn out to be invalid
-        answer.deliver(Delta(usage=answer.usage()))
+        answer.deliver(Delta(usage=answer.usage(), syntax=answer.syntax))
         self._post(lambda: self._start(answer))
 
     # what follows runs on the engine's thread
@@ -321,6 +326,20 @@ class Engine:
     def _cancel(self, request_ids: frozenset[str]) -> None:
         for answer in [a for a in self._answers if a.request_id in request_ids]:
             self._fail(answer, TriptychError(ErrorKind.CANCELLED, "the request was cancelled"))
+
+    def _flush(self, responder: Responder) -> None:
+        if self._answers or self._pipeline.flight is not None:
+            responder.fail(
+                TriptychError(
+                    ErrorKind.OVERLOADED,
+                    f"the prefix cache cannot be emptied while {len(self._answers)} requests run or wait",
+                    stage="language_model",
+                )
+            )
+            return
+        # blocks without content, and no saved state
+        self._scheduler = Scheduler(self.config)
+        responder.send({}, final=True)
 
     def _renew(self, request_ids: frozenset[str]) -> None:
         now = self._clock()

@@ -32,6 +32,7 @@ _THREADS = 2
 # in a row between two tokens of JSON; a model that has nothing to say fills the page with blanks otherwise
 _MAX_WHITESPACE = 1
 _ANY_OBJECT = '{"type":"object"}'
+_FREE = ("any_text", "triggered_tags", "regex", "grammar")
 _CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
 _ORIGIN = re.compile(r"^\[[\d:]+\] \S+:\d+: (?:Check failed: )?")
 
@@ -162,6 +163,10 @@ class GrammarCompiler:
                 return Compiled(compiler.compile_regex(grammar.value))
             if grammar.type == "ebnf":
                 return Compiled(compiler.compile_grammar(grammar.value))
+            if grammar.type == "structural_tag":
+                # what is no JSON may hold any character
+                free = any(f'"{kind}"' in grammar.value for kind in _FREE)
+                return Compiled(compiler.compile_structural_tag(grammar.value), None if free else self._printable)
             schema = _ANY_OBJECT if grammar.type == "json_object" else grammar.value
             strict = grammar.type == "json_schema"
             rules = compiler.compile_json_schema(schema, strict_mode=strict, max_whitespace_cnt=_MAX_WHITESPACE)
