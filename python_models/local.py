@@ -15,11 +15,13 @@ from .contract.delta import Delta
 from .contract.errors import TriptychError
 from .contract.request import ChatRequest
 from .contract.settings import Settings
-from .contract.tensors import CHAT, STAGES, EnsembleSpec, Step
+from .contract.tensors import CHAT, GENERATE, STAGES, EnsembleSpec, Step
 from .stage import NoTelemetry, Stage, Telemetry
 from .stages import stage_class
 
-Sink = Callable[[Delta | TriptychError | None], None]
+Sink = Callable[[Any], None]
+"""Takes a :class:`Delta` (or the tensors of a response, where the request has a form of its own), the error that ended
+a request, or None at its end."""
 
 
 class LocalEnsemble:
@@ -87,6 +89,34 @@ class LocalEnsemble:
                 if isinstance(item, TriptychError):
                     raise item
                 if not item.is_heartbeat:
+                    yield item
+            done = True
+        finally:
+            if not done:
+                run.cancel()
+
+    def generate(self, inputs: Mapping[str, Any], request_id: str | None = None) -> Iterator[Mapping[str, Any]]:
+        """Run one request of the ensemble ``generate``.
+
+        Args:
+            inputs: its input tensors; STRING tensors are sequences of bytes.
+            request_id: unique among running requests; None makes one.
+
+        Yields:
+            The output tensors of each response.
+
+        Raises:
+            TriptychError: what the failing stage says.
+        """
+        results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        run = LocalRun(self.stages, GENERATE, request_id or uuid.uuid4().hex, results.put)
+        run.start(inputs)
+        done = False
+        try:
+            while (item := results.get()) is not None:
+                if isinstance(item, TriptychError):
+                    raise item
+                if isinstance(item, Mapping):
                     yield item
             done = True
         finally:
@@ -163,6 +193,10 @@ class _StepResponder:
         self._run = run
         self._step = step
         self._last = STAGES[step.stage].decoupled
+        self._renderer: Callable[[Delta], Mapping[str, Any] | None] | None = None
+
+    def render(self, renderer: Callable[[Delta], Mapping[str, Any] | None]) -> None:
+        self._renderer = renderer
 
     def send(self, answer: Mapping[str, Any] | Delta, *, final: bool) -> None:
         if not self._last:
@@ -170,7 +204,13 @@ class _StepResponder:
             self._run.arrived({outer: answer.get(inner) for inner, outer in self._step.outputs.items()})
             return
         if answer:
-            self._run.sink(answer if isinstance(answer, Delta) else Delta.from_tensors(answer))
+            delta = answer if isinstance(answer, Delta) else Delta.from_tensors(answer)
+            if self._renderer is None:
+                self._run.sink(delta)
+            elif (tensors := self._renderer(delta)) is not None:
+                self._run.sink(
+                    {outer: tensors[inner] for inner, outer in self._step.outputs.items() if inner in tensors}
+                )
         if final:
             self._run.sink(None)
 

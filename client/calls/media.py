@@ -145,12 +145,16 @@ def _avi(frames: Any, fps: Any, where: str) -> bytes:
         raise invalid(f"{where}: the video has no frames", where)
     out = io.BytesIO()
     with av.open(out, "w", format="avi") as file:
-        stream = file.add_stream("rawvideo", rate=Fraction(fps).limit_denominator(1_000_000))
+        stream = file.add_stream("rawvideo", rate=_rational(fps))
         stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "bgr24"
         for frame in pixels:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[..., ::-1]), "bgr24")))
         file.mux(stream.encode())
     return out.getvalue()
+
+
+def _rational(fps: Any) -> Fraction:
+    return (fps if isinstance(fps, Fraction) else Fraction(float(fps))).limit_denominator(1_000_000)
 
 
 def _stack(frames: list[NDArray[np.uint8]], where: str) -> NDArray[np.uint8]:
