@@ -46,7 +46,7 @@ export function useChat(options: Options): Chat {
     const { model, apiKey, settings } = current.current;
     const buffer = { text: '', reasoning: '' };
     const end: Answer = { ...UNANSWERED };
-    const began = performance.now();
+    let began = performance.now();
     const draw = () => {
       if (buffer.text || buffer.reasoning) dispatch({ type: 'more', id, ...buffer });
       buffer.text = buffer.reasoning = '';
@@ -61,6 +61,7 @@ export function useChat(options: Options): Chat {
     };
     try {
       const body = { model, messages: await messages(asked, settings.system), return_timings: true, ...fields(settings) };
+      began = performance.now();
       for await (const piece of ask(body, apiKey, controller.signal)) take(piece);
       end.state = 'done';
     } catch (error) {

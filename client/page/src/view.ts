@@ -38,6 +38,18 @@ export function useStickToEnd(content: readonly unknown[]): End {
     const element = scroller.current;
     if (element) setAway(element.scrollHeight - element.scrollTop - element.clientHeight > NEAR);
   }, []);
+  useEffect(() => {
+    // pictures and players get their size late, and windows change theirs
+    const settle = () => !away && toEnd();
+    const element = scroller.current;
+    const events = ['load', 'loadedmetadata'];
+    for (const name of events) element?.addEventListener(name, settle, true);
+    addEventListener('resize', settle);
+    return () => {
+      for (const name of events) element?.removeEventListener(name, settle, true);
+      removeEventListener('resize', settle);
+    };
+  }, [away, toEnd]);
   useLayoutEffect(() => {
     // a new question is always shown
     if (!away || content.length > length.current) toEnd();

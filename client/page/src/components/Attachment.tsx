@@ -3,7 +3,7 @@ import { useState } from 'react';
 import { KIND_NAMES, type Medium } from '../media';
 import { IconButton } from './IconButton';
 
-function Preview({ medium }: { medium: Medium }) {
+function Preview({ medium, small }: { medium: Medium; small: boolean }) {
   const [broken, setBroken] = useState(false);
   const { kind, name, preview } = medium;
   const label = `${KIND_NAMES[kind]}: ${name}`;
@@ -26,7 +26,9 @@ function Preview({ medium }: { medium: Medium }) {
   }
   const failed = () => setBroken(true);
   if (kind === 'image') return <img src={preview} alt={label} onError={failed} />;
-  if (kind === 'video') return <video src={preview} aria-label={label} controls muted playsInline onError={failed} />;
+  if (kind === 'video') {
+    return <video src={preview} aria-label={label} controls={!small} muted playsInline onError={failed} />;
+  }
   return <audio src={preview} aria-label={label} controls onError={failed} />;
 }
 
@@ -37,7 +39,7 @@ export function Attachments({ media, onRemove }: { media: Medium[]; onRemove?: (
     <ul className="attachments" aria-label="Attached">
       {media.map((medium) => (
         <li key={medium.id} className={`attachment ${medium.kind}`} data-kind={medium.kind}>
-          <Preview medium={medium} />
+          <Preview medium={medium} small={onRemove !== undefined} />
           {onRemove && (
             <IconButton label={`Remove ${medium.name}`} className="remove" onPress={() => onRemove(medium)}>
               <X aria-hidden />

@@ -67,80 +67,83 @@ export function Composer({ running, onSend, onStop, ref }: Props) {
     focus();
   };
   return (
-    <form
-      className="composer"
-      aria-label="Message"
-      data-dropping={dropping}
-      onSubmit={(event) => {
-        event.preventDefault();
-        send();
-      }}
-    >
-      <Attachments media={media} onRemove={remove} />
-      {problem && (
-        <p className="problem" role="alert">
-          {problem}
-        </p>
-      )}
-      <textarea
-        ref={field}
+    <>
+      <form
+        className="composer"
         aria-label="Message"
-        placeholder={dropping ? 'Drop it here' : 'Ask something, or drop a picture, a video or a sound'}
-        rows={1}
-        value={text}
-        autoFocus
-        onChange={(event) => setText(event.target.value)}
-        onKeyDown={(event) => {
-          if (event.key === 'Escape' && running) onStop();
-          if (event.key !== 'Enter' || event.shiftKey || event.nativeEvent.isComposing) return;
+        data-dropping={dropping}
+        onSubmit={(event) => {
           event.preventDefault();
           send();
         }}
-      />
-      <div className="tools">
-        <FileTrigger allowsMultiple acceptedFileTypes={ACCEPTED} onSelect={(files) => files && add(files)}>
-          <IconButton label="Attach files">
-            <Paperclip aria-hidden />
+      >
+        <Attachments media={media} onRemove={remove} />
+        {problem && (
+          <p className="problem" role="alert">
+            {problem}
+          </p>
+        )}
+        <textarea
+          ref={field}
+          aria-label="Message"
+          placeholder={dropping ? 'Drop it here' : 'Ask something, or drop a picture, a video or a sound'}
+          rows={1}
+          value={text}
+          autoFocus
+          onChange={(event) => setText(event.target.value)}
+          onKeyDown={(event) => {
+            if (event.key === 'Escape' && running) onStop();
+            if (event.key !== 'Enter' || event.shiftKey || event.nativeEvent.isComposing) return;
+            event.preventDefault();
+            send();
+          }}
+        />
+        <div className="tools">
+          <FileTrigger allowsMultiple acceptedFileTypes={ACCEPTED} onSelect={(files) => files && add(files)}>
+            <IconButton label="Attach files">
+              <Paperclip aria-hidden />
+            </IconButton>
+          </FileTrigger>
+          <IconButton label="Attach by web address" onPress={() => setAsking(true)}>
+            <Link aria-hidden />
           </IconButton>
-        </FileTrigger>
-        <IconButton label="Attach by web address" onPress={() => setAsking(true)}>
-          <Link aria-hidden />
-        </IconButton>
-        {recorder.recording ? (
-          <>
-            <IconButton label="Stop recording" className="recording" onPress={recorder.stop}>
+          {recorder.recording ? (
+            <>
+              <IconButton label="Stop recording" className="recording" onPress={recorder.stop}>
+                <Square aria-hidden />
+              </IconButton>
+              <span className="seconds" role="timer" aria-label="Recorded">
+                {recorder.seconds.toFixed(1)} s
+              </span>
+            </>
+          ) : (
+            <IconButton
+              label={recorder.unavailable ?? 'Record from the microphone'}
+              isDisabled={recorder.unavailable !== undefined}
+              onPress={() => void recorder.start()}
+            >
+              <Mic aria-hidden />
+            </IconButton>
+          )}
+          <span className="hint">Enter sends, Shift+Enter is a new line</span>
+          {running ? (
+            <IconButton label="Stop the answer" className="send" onPress={onStop}>
               <Square aria-hidden />
             </IconButton>
-            <span className="seconds" role="timer" aria-label="Recorded">
-              {recorder.seconds.toFixed(1)} s
-            </span>
-          </>
-        ) : (
-          <IconButton
-            label={recorder.unavailable ?? 'Record from the microphone'}
-            isDisabled={recorder.unavailable !== undefined}
-            onPress={() => void recorder.start()}
-          >
-            <Mic aria-hidden />
-          </IconButton>
-        )}
-        <span className="hint">Enter sends, Shift+Enter is a new line</span>
-        {running ? (
-          <IconButton label="Stop the answer" className="send" onPress={onStop}>
-            <Square aria-hidden />
-          </IconButton>
-        ) : (
-          <IconButton label="Send" className="send" type="submit" isDisabled={empty || recorder.recording}>
-            <ArrowUp aria-hidden />
-          </IconButton>
-        )}
-      </div>
+          ) : (
+            <IconButton label="Send" className="send" type="submit" isDisabled={empty || recorder.recording}>
+              <ArrowUp aria-hidden />
+            </IconButton>
+          )}
+        </div>
+      </form>
+      {/* not inside the form: its events would reach it */}
       <AddressDialog
         isOpen={asking}
         onClose={() => setAsking(false)}
         onAdd={(medium) => setMedia((before) => [...before, medium])}
       />
-    </form>
+    </>
   );
 }
 

@@ -40,7 +40,7 @@ export function SettingsPanel({ settings, onChange }: Props) {
         <Number label="Top k" hint="candidates" value={settings.topK} min={1} step={1} onChange={(topK) => set({ topK })} />
         <Number label="Max tokens" hint="of the answer" value={settings.maxTokens} min={1} step={1}
           onChange={(maxTokens) => set({ maxTokens })} />
-        <Number label="Seed" hint="same seed, same answer" value={settings.seed} min={0} step={1}
+        <Number label="Seed" hint="repeats an answer" value={settings.seed} min={0} step={1}
           onChange={(seed) => set({ seed })} />
       </div>
       <div className="field">
@@ -89,7 +89,7 @@ function Number({ label, hint, value, min, max, step, onChange }: NumberProps) {
       minValue={min}
       {...(max === undefined ? {} : { maxValue: max })}
       step={step}
-      formatOptions={{ useGrouping: false }}
+      formatOptions={{ useGrouping: false, maximumFractionDigits: step < 1 ? 2 : 0 }}
       onChange={(given) => onChange(isNaN(given) ? null : given)}
     >
       <Label>{label}</Label>

@@ -1,4 +1,5 @@
 import { ChevronRight } from 'lucide-react';
+import { useEffect, useRef, useState } from 'react';
 import { Button, Disclosure, DisclosurePanel, Heading } from 'react-aria-components';
 import type { Usage } from '../api';
 import type { Answer } from '../chat';
@@ -10,13 +11,18 @@ const place = ({ from, share }: Bar) => ({ left: `${100 * from}%`, width: `${100
 export function Timing({ timings }: { timings: Timings }) {
   const all = bars(timings);
   const shown = all.filter(({ ms }) => ms > 0);
+  const element = useRef<HTMLDivElement>(null);
+  const [open, setOpen] = useState(false);
+  useEffect(() => {
+    if (open) element.current?.scrollIntoView({ block: 'nearest' });
+  }, [open]);
   const total = duration(all.reduce((sum, { ms }) => sum + ms, 0));
   return (
-    <Disclosure className="timing">
+    <Disclosure className="timing" ref={element} onExpandedChange={setOpen}>
       <Heading level={3}>
         <Button slot="trigger" className="timing-trigger">
           <ChevronRight aria-hidden className="chevron" />
-          <span>Where the time went: {total}</span>
+          <span>Time in the server: {total}</span>
           <span className="strip" aria-hidden>
             {shown.map((bar) => (
               <span key={bar.key} className="bar" data-stage={bar.key} style={place(bar)} />
