@@ -102,6 +102,10 @@ class Stage(ABC):
     def renew(self, request_ids: Sequence[str]) -> None:  # noqa: B027 - most stages keep no leases
         """Restart the lease of these requests (language_model only)."""
 
+    def flush(self, responder: Responder) -> None:
+        """Empty the stage's caches, then answer with no tensors; fails where they cannot be emptied now."""
+        responder.send({}, final=True)
+
     @abstractmethod
     def close(self) -> None:
         """End every request with an error, stop all threads, free memory."""

@@ -21,7 +21,7 @@ import triton_python_backend_utils as pb_utils
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
 from triptych.python_models.contract.generate import PARAMETERS
 from triptych.python_models.contract.settings import Settings
-from triptych.python_models.contract.tensors import CANCEL, RENEW, STAGES, StageSpec
+from triptych.python_models.contract.tensors import CANCEL, FLUSH, RENEW, STAGES, StageSpec
 from triptych.python_models.stage import Stage, Telemetry
 from triptych.python_models.stages import stage_class
 
@@ -133,6 +133,9 @@ class HostedStage:
             if request.is_cancelled():
                 raise TriptychError(ErrorKind.CANCELLED, "the request was cancelled before this stage began")
             inputs = read_inputs(request, self._spec)
+            if FLUSH.name in inputs:
+                self._stage.flush(responder)
+                return
             controls = self._control(inputs)
             for name in self._spec.error_inputs:
                 if error := inputs.pop(name, None):

@@ -108,6 +108,11 @@ class RemoteEncoderStage(Stage):
             self._gauge()
         self._send(job)
 
+    def flush(self, responder: Responder) -> None:
+        """The caches are elsewhere, and other servers' too."""
+        message = f"{self.name} runs on other servers, whose caches are not this one's to empty"
+        responder.fail(TriptychError(ErrorKind.UNSUPPORTED, message, stage=self.name))
+
     def cancel(self, request_ids: Sequence[str]) -> None:
         """See :meth:`Stage.cancel`."""
         ids = set(request_ids) - {""}

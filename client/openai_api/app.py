@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from triptych.python_models.contract.errors import TriptychError
 
-from . import errors, models, page, responses, system
+from . import completions, errors, models, page, responses, system, tokens
 from .chat import chat_completions
 from .documentation import document
 from .drain import Gate
@@ -38,9 +38,11 @@ def create_app(service: Service) -> FastAPI:
 
     # The response model would be built from the annotation, and there is none: bodies are checked and written by hand.
     @app.post("/v1/chat/completions", response_model=None)
-    async def completions(request: Request) -> Response:
+    async def chat(request: Request) -> Response:
         return await chat_completions(request, service)
 
+    app.include_router(completions.router(service))
+    app.include_router(tokens.router(service))
     app.include_router(responses.router(service))
     app.include_router(models.router(service))
     app.include_router(system.router(service))

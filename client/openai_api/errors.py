@@ -31,13 +31,14 @@ def in_openai_words(error: TriptychError, names: Mapping[str, str] | None = None
 
     Args:
         error: as a stage reported it, for example with param ``sampling.temperature``.
-        names: what the request calls ``max_tokens`` (for example ``max_completion_tokens``) and ``grammar``.
+        names: what the request calls fields of the contract, such as ``max_tokens`` (``max_completion_tokens``),
+            ``grammar`` and ``prompt.text``.
     """
 
     def rename(text: str) -> str:
         text = _SAMPLING.sub("", text)
         for ours, theirs in (names or {}).items():
-            text = re.sub(_FIELDS[ours], theirs, text)
+            text = re.sub(_FIELDS.get(ours) or rf"(?<![\w.]){re.escape(ours)}(?!\w)", theirs.replace("\\", r"\\"), text)
         return text
 
     param = rename(error.param) if error.param else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -176,12 +177,12 @@ class Generations:
             await self._news.wait()
             self._news.clear()
             found: list[Delta] = []
-            for member, offset in zip(self.members, self._offsets, strict=True):
+            for place, (member, offset) in enumerate(zip(self.members, self._offsets, strict=True)):
                 try:
                     found += [replace(delta, index=delta.index + offset) for delta in member.take()]
-                except TriptychError:
+                except TriptychError as error:
                     if not found:
-                        raise
+                        raise _of_prompt(place, error) from None
                     # what the others have comes first
                     self._news.set()
             if found:
@@ -190,3 +191,13 @@ class Generations:
     async def cancel(self, error: TriptychError | None = None) -> None:
         """As :meth:`Generation.cancel`, of all of them."""
         await asyncio.gather(*(member.cancel(error) for member in self.members))
+
+
+def _of_prompt(place: int, error: TriptychError) -> TriptychError:
+    """The error of one of several prompts, whose fields then have its number: ``prompt.text[2]``."""
+
+    def numbered(text: str) -> str:
+        return re.sub(r"\bprompt\.(text|token_ids|media)\b", rf"prompt.\1[{place}]", text)
+
+    param = None if error.param is None else re.sub(r"^prompt$", f"prompt.text[{place}]", numbered(error.param))
+    return replace(error, message=numbered(error.message), param=param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -144,6 +145,29 @@ class Service:
         )
         self._running[request_id] = generation
         return generation
+
+    def triton(self, needed: Iterable[str]) -> Triton:
+        """The server, for what is asked of stages themselves.
+
+        Args:
+            needed: those stages.
+
+        Raises:
+            TriptychError: OVERLOADED or STAGE_DEAD where they cannot be asked now.
+        """
+        if error := self.unavailable(needed):
+            raise error
+        assert self._triton is not None
+        return self._triton
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something in the background; failures of stages are left to the monitor."""
+
+        async def quietly() -> None:
+            with contextlib.suppress(TriptychError):
+                await work
+
+        self._spawn(quietly())
 
     def cancel(self, generation: Generation | Generations) -> None:
         """End a generation in the background, if it still runs: its client is gone."""

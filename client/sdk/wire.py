@@ -6,8 +6,10 @@ for an empty final response, and both copy every blob once more.
 
 from __future__ import annotations
 
+import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tritonclient.grpc import service_pb2 as pb
@@ -17,14 +19,22 @@ from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.request import ChatRequest
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import (
+    ABOUT,
     CANCEL,
     CHAT,
     CHAT_TEXT,
     DELTA,
+    DETOKENIZE,
+    FLUSH,
+    INPUT_IDS,
     MEDIA,
+    PREPROCESS,
     RENEW,
     REQUEST,
     STRING,
+    TEXT,
+    TOKEN_STRINGS,
+    TOKENS_ONLY,
     TensorSpec,
 )
 
@@ -74,6 +84,58 @@ def control_message(stage: str, *, cancel: Sequence[str] = (), renew: Sequence[s
     return message
 
 
+def tokens_message(request_id: str, request: ChatRequest, media: Sequence[bytes]) -> Any:
+    """A ``ModelInferRequest`` for the token ids of a request, which nothing is generated for; see :func:`ids_of`."""
+    message = _message(PREPROCESS.name, request_id)
+    _add_strings(message, REQUEST, [request.to_json().encode()])
+    if media:
+        _add_strings(message, MEDIA, media)
+    _add_raw(message, TOKENS_ONLY, "BOOL", 1, b"\x01")
+    return message
+
+
+def spell_message(ids: Sequence[int], request_id: str = "") -> Any:
+    """A ``ModelInferRequest`` for the text of token ids; see :func:`spelling_of`."""
+    message = _message(PREPROCESS.name, request_id)
+    _add_raw(message, DETOKENIZE, "INT32", len(ids), struct.pack(f"<{len(ids)}i", *ids))
+    return message
+
+
+def flush_message(stage: str) -> Any:
+    """A ``ModelInferRequest`` that empties the caches of a stage."""
+    message = _message(stage, "")
+    _add_raw(message, FLUSH, "BOOL", 1, b"\x01")
+    return message
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What preprocess says of token ids and of its checkpoint.
+
+    Attributes:
+        text: of the ids.
+        strings: the vocabulary's spelling of each.
+        about: context_length, model_type, architectures, modalities.
+    """
+
+    text: str
+    strings: tuple[str, ...]
+    about: Mapping[str, Any]
+
+
+def ids_of(response: Any) -> tuple[int, ...]:
+    """Token ids in the answer to :func:`tokens_message`."""
+    return _integers(_outputs(response)[INPUT_IDS.name])
+
+
+def spelling_of(response: Any) -> Spelling:
+    """The answer to :func:`spell_message`."""
+    found = _outputs(response)
+    (text,), (about,) = _strings(found[TEXT.name]), _strings(found[ABOUT.name])
+    strings = _strings(found[TOKEN_STRINGS.name])
+    return Spelling(text.decode(), tuple(item.decode() for item in strings), json.loads(about))
+
+
 def response_of(answer: Any) -> Any:
     """The ``ModelInferResponse`` in a ``ModelStreamInferResponse``.
 
@@ -89,7 +151,7 @@ def delta_of(response: Any) -> Delta | None:
     """The delta in a ``ModelInferResponse``; None for the empty one that only says "final"."""
     if not response.outputs:
         return None
-    found = {output.name: raw for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)}
+    found = _outputs(response)
     try:
         return Delta.from_tensors({name: decode(found[name]) for name, decode in _DECODERS})
     except KeyError:
@@ -127,6 +189,26 @@ def _add_strings(message: Any, spec: TensorSpec, values: Sequence[bytes]) -> Non
     for value in values:
         pieces += (_LENGTH.pack(len(value)), value)
     message.raw_input_contents.append(b"".join(pieces))
+
+
+def _add_raw(message: Any, spec: TensorSpec, datatype: str, count: int, raw: bytes) -> None:
+    message.inputs.add(name=spec.name, datatype=datatype, shape=[count])
+    message.raw_input_contents.append(raw)
+
+
+def _outputs(response: Any) -> dict[str, bytes]:
+    return {output.name: raw for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)}
+
+
+def _strings(raw: bytes) -> list[bytes]:
+    """The elements of a STRING tensor."""
+    found, start = [], 0
+    while start < len(raw):
+        (size,) = _LENGTH.unpack_from(raw, start)
+        start += _LENGTH.size
+        found.append(raw[start : start + size])
+        start += size
+    return found
 
 
 def _string(raw: bytes) -> list[bytes]:

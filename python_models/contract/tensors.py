@@ -5,7 +5,8 @@
 
 Every stage takes ``cancel`` (and ``language_model`` also ``renew``): a control request, sent to the stage itself, that
 names the ids of requests to end (to keep alive). A control request with nothing else is answered at once, with no
-tensors, and is also the probe that tells a living stage from a dead one.
+tensors, and is also the probe that tells a living stage from a dead one. Stages that keep caches take ``flush``, a
+control request that empties them.
 """
 
 from __future__ import annotations
@@ -90,6 +91,11 @@ GENERATE_INPUTS = (
     ),
 )
 """Named as those of Triton's vLLM backend, see contract/generate.py."""
+TOKENS_ONLY = TensorSpec("tokens_only", BOOL, (1,), True, help="send input_ids alone, however many; beside request")
+DETOKENIZE = TensorSpec(
+    "detokenize", INT32, (-1,), True, help="token ids to spell out, none for the output about alone"
+)
+FLUSH = TensorSpec("flush", BOOL, (1,), True, help="empty the stage's caches, or say why not")
 CANCEL = TensorSpec("cancel", STRING, (-1,), True, help="ids of requests to end now")
 RENEW = TensorSpec("renew", STRING, (-1,), True, help="ids of requests whose lease starts anew")
 
@@ -107,6 +113,12 @@ VISION_ERROR = TensorSpec(
     "vision_error", STRING, (1,), True, help="why there are no embeddings (TriptychError.to_wire)"
 )
 AUDIO_ERROR = TensorSpec("audio_error", STRING, (1,), True, help="why there are no embeddings (TriptychError.to_wire)")
+
+TEXT = TensorSpec("text", STRING, (1,), True, help="of the tokens in detokenize, special ones included")
+TOKEN_STRINGS = TensorSpec("token_strings", STRING, (-1,), True, help="the vocabulary's spelling of each of them")
+ABOUT = TensorSpec(
+    "about", STRING, (1,), True, help="with detokenize: JSON of context_length, model_type, architectures, modalities"
+)
 
 DELTA = (
     TensorSpec("text", STRING, (1,), help="text since the last response"),
@@ -128,15 +140,15 @@ GENERATED = (
 
 PREPROCESS = StageSpec(
     "preprocess",
-    (REQUEST, MEDIA, *GENERATE_INPUTS, CANCEL),
-    (INPUT_IDS, POSITION_IDS, PLAN, VISION_FEATURES, AUDIO_FEATURES),
+    (REQUEST, MEDIA, TOKENS_ONLY, *GENERATE_INPUTS, DETOKENIZE, CANCEL),
+    (INPUT_IDS, POSITION_IDS, PLAN, VISION_FEATURES, AUDIO_FEATURES, TEXT, TOKEN_STRINGS, ABOUT),
     help="fetches, decodes, applies chat template and processor",
-    needs=(REQUEST.name, "text_input"),
+    needs=(REQUEST.name, "text_input", DETOKENIZE.name),
     parameters_with="text_input",
 )
 VISION_ENCODER = StageSpec(
     "vision_encoder",
-    (VISION_FEATURES, CANCEL),
+    (VISION_FEATURES, FLUSH, CANCEL),
     (VISION_EMBEDDINGS, VISION_RUNS, VISION_ERROR),
     uses_gpu=True,
     help="pictures and video frames",
@@ -144,7 +156,7 @@ VISION_ENCODER = StageSpec(
 )
 AUDIO_ENCODER = StageSpec(
     "audio_encoder",
-    (AUDIO_FEATURES, CANCEL),
+    (AUDIO_FEATURES, FLUSH, CANCEL),
     (AUDIO_EMBEDDINGS, AUDIO_ERROR),
     uses_gpu=True,
     help="sounds",
@@ -154,7 +166,7 @@ LANGUAGE_MODEL = StageSpec(
     "language_model",
     (
         *(INPUT_IDS, POSITION_IDS, PLAN, VISION_EMBEDDINGS, VISION_RUNS, AUDIO_EMBEDDINGS),
-        *(VISION_ERROR, AUDIO_ERROR, CANCEL, RENEW),
+        *(VISION_ERROR, AUDIO_ERROR, FLUSH, CANCEL, RENEW),
     ),
     (*DELTA, *GENERATED),
     decoupled=True,

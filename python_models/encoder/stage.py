@@ -75,6 +75,7 @@ class EncoderStage(Stage):
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._running: list[_Job] = []
+        self._flushes: list[Responder] = []
         self._closing = False
         self._worker = threading.Thread(target=self._work, name=self.name, daemon=True)
         self._worker.start()
@@ -111,6 +112,15 @@ class EncoderStage(Stage):
         else:
             self._fail(job, TriptychError(ErrorKind.UNSUPPORTED, f"this model has no {self.encoder_name} encoder"))
 
+    def flush(self, responder: Responder) -> None:
+        """See :meth:`Stage.flush`; the worker does it between two batches."""
+        with self._changed:
+            if not self._closing:
+                self._flushes.append(responder)
+                self._changed.notify()
+                return
+        responder.fail(self._stopped())
+
     def cancel(self, request_ids: Sequence[str]) -> None:
         """See :meth:`Stage.cancel`."""
         ids = set(request_ids) - {""}
@@ -146,13 +156,21 @@ class EncoderStage(Stage):
         with self._changed:
             self._running = [job for job in self._running if not job.done]
             self._gauges()
-            self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
+            self._changed.wait_for(lambda: self._waiting or self._running or self._flushes or self._closing)
+            flushes, self._flushes = self._flushes, []
             if self._closing:
+                for responder in flushes:
+                    responder.fail(self._stopped())
                 return False
             taken = list(self._waiting)
             self._running += taken
             self._waiting.clear()
             self._gauges()
+        if flushes:
+            self._cache.clear()
+            self.telemetry.set("triptych_encoder_cache_bytes", 0)
+            for responder in flushes:
+                responder.send({}, final=True)
         for job in taken:
             self._unpack(job)
         jobs = self._batch()

@@ -163,6 +163,15 @@ class Preprocessor(Protocol):
     sampling_rate: int
     """Of sounds, in Hz."""
     context_length: int
+    architectures: tuple[str, ...]
+    """As config.json says them."""
+
+    def spell(self, ids: Sequence[int]) -> tuple[str, list[str]]:
+        """(text of token ids, special ones included, the vocabulary's spelling of each).
+
+        Raises:
+            TriptychError: INVALID_REQUEST for an id that there is not.
+        """
 
     def prepare(
         self, content: Sequence[Message] | RawPrompt, media: Sequence[Medium], template: TemplateInputs = NO_INPUTS

@@ -128,6 +128,7 @@ class PromptWriter:
         self._added_ids = frozenset(added)
         self._frame = _frame(tokenizer)
         self._bos: str | None = tokenizer.bos_token
+        self._tokenizer = tokenizer
         self._vocabulary = len(tokenizer)
         self._encode: Callable[[str], list[int]] = partial(_encode, tokenizer)
         self._places = {modality: (self._encode(token), token) for modality, token in media.items()}
@@ -179,12 +180,7 @@ class PromptWriter:
         if prompt.token_ids is None:
             text = prompt.text or ""
             return Prompt(text, {}, ((), ()) if prompt.add_special_tokens else self._unwanted(text))
-        for index, token in enumerate(prompt.token_ids):
-            if token >= self._vocabulary:
-                where = f"prompt.token_ids[{index}]"
-                raise invalid(
-                    f"{where} must be below {self._vocabulary}, the size of the vocabulary, got {token}", where
-                )
+        self._check_ids(prompt.token_ids, "prompt.token_ids")
         runs: dict[tuple[int, ...], int] = {}
         text, start = "", 0
         for low, high, written in self._media_in(prompt.token_ids, modalities):
@@ -192,6 +188,21 @@ class PromptWriter:
             start = high
         text += self._run(prompt.token_ids[start:], runs)
         return Prompt(text, {self._ids[k]: list(run) for run, k in runs.items()}, self._unwanted(text))
+
+    def spell(self, ids: Sequence[int]) -> tuple[str, list[str]]:
+        """See :meth:`.base.Preprocessor.spell`."""
+        self._check_ids(ids, "detokenize")
+        own = list(ids)
+        strings = [str(token) for token in self._tokenizer.convert_ids_to_tokens(own)]
+        text = self._tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text), strings
+
+    def _check_ids(self, ids: Sequence[int], field: str) -> None:
+        for index, token in enumerate(ids):
+            if not 0 <= token < self._vocabulary:
+                where = f"{field}[{index}]"
+                message = f"{where} must be a token id from 0 to {self._vocabulary - 1}, got {token}"
+                raise invalid(message, where)
 
     def _unwanted(self, text: str) -> tuple[Sequence[int], Sequence[int]]:
         """What a processor puts around a text that is to stay alone; nothing where the text has begun the prompt."""

@@ -230,6 +230,15 @@ class TransformersPreprocessor(ABC):
         """
         return {}
 
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """See :class:`.base.Preprocessor`."""
+        return tuple(self.config.architectures or ())
+
+    def spell(self, ids: Sequence[int]) -> tuple[str, list[str]]:
+        """See :meth:`.base.Preprocessor.spell`."""
+        return self.prompt.spell(ids)
+
     def prepare(
         self, content: Sequence[Message] | RawPrompt, media: Sequence[Medium], template: TemplateInputs = NO_INPUTS
     ) -> Prepared:

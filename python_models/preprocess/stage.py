@@ -8,6 +8,7 @@ their own and never wait for those with media.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import threading
@@ -27,7 +28,7 @@ from ..contract.generate import read as read_generate
 from ..contract.plan import Plan
 from ..contract.request import ChatRequest
 from ..contract.settings import Settings
-from ..contract.tensors import GENERATE_INPUTS
+from ..contract.tensors import GENERATE_INPUTS, PREPROCESS
 from ..contract.timings import MediumTimes, PreprocessTimes
 from ..families.base import Prepared, Preprocessor, refuse_modality
 from ..media.fetch import Fetcher
@@ -194,7 +195,7 @@ class PreprocessStage(Stage):
         """On the loop: begin a request."""
         if inputs.get("cancel") is not None:
             self._cancel([_text(item) for item in inputs["cancel"]])
-        if inputs.get("request") is None and inputs.get("text_input") is None:
+        if all(inputs.get(name) is None for name in PREPROCESS.needs):
             responder.send({}, final=True)
             return
         if self._closed:
@@ -247,8 +248,11 @@ class PreprocessStage(Stage):
             raise
 
     async def _answer(self, inputs: dict[str, Any], arrival: float) -> dict[str, Any]:
+        if inputs.get("detokenize") is not None:
+            return await self._in(self._text_threads, lambda: self._spell(inputs["detokenize"].tolist()))
         request, blobs, form = await self._in(self._text_threads, lambda: _read(inputs))
-        prepare = partial(self._prepare, request, form, arrival)
+        tokens_only = inputs.get("tokens_only") is not None and bool(inputs["tokens_only"][0])
+        prepare = partial(self._prepare, request, form, arrival, tokens_only)
         parts = list(request.media())
         self._check(request, blobs)
         if not parts:
@@ -346,12 +350,15 @@ class PreprocessStage(Stage):
         request: ChatRequest,
         form: Form | None,
         arrival: float,
+        tokens_only: bool,
         media: Sequence[Medium],
         times: Sequence[MediumTimes] = (),
     ) -> dict[str, Any]:
         """Template, processor and packing, in a thread: the stage's output tensors."""
         begin = time.time()
         prepared = self._preprocessor.prepare(request.content, media, request.template)
+        if tokens_only:
+            return {"input_ids": np.ascontiguousarray(prepared.input_ids, dtype=np.int32)}
         length = int(prepared.input_ids.shape[0])
         if length >= self._context_length:
             raise TriptychError(
@@ -363,6 +370,17 @@ class PreprocessStage(Stage):
         found = PreprocessTimes(arrival, tuple(times), begin, time.time())
         self.telemetry.observe("triptych_process_seconds", found.end - begin)
         return _tensors(request, form, prepared, found)
+
+    def _spell(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Text of token ids, in a thread, and what there is to know of the checkpoint."""
+        text, strings = self._preprocessor.spell(ids)
+        about = {
+            "context_length": self._context_length,
+            "model_type": self._preprocessor.name,
+            "architectures": list(self._preprocessor.architectures),
+            "modalities": sorted(self._modalities),
+        }
+        return {"text": [text], "token_strings": strings, "about": [json.dumps(about)]}
 
     async def _in(self, threads: Executor, work: Callable[[], _T]) -> _T:
         return await self._loop.run_in_executor(threads, work)
