@@ -233,7 +233,8 @@ def usage(found: Usage, cache_report: bool = True) -> dict[str, Any]:
         "total_tokens": found.prompt_tokens + found.completion_tokens,
         "prompt_tokens_details": cached | {"text_tokens": found.prompt_tokens - sum(media.values())} | media,
         "completion_tokens_details": {
-            "text_tokens": found.completion_tokens,
+            "reasoning_tokens": found.reasoning_tokens,
+            "text_tokens": found.completion_tokens - found.reasoning_tokens,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,

@@ -78,6 +78,7 @@ def test_last_delta_gives_text_finish_and_usage_apart() -> None:
             "video_tokens": 0,
         },
         "completion_tokens_details": {
+            "reasoning_tokens": 0,
             "text_tokens": 2,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,

@@ -13,6 +13,7 @@ from triptych.client.openai_api.errors import answer_to
 from triptych.client.openai_api.responses.answer import Answer
 from triptych.client.openai_api.responses.request import _OWN, _REFUSED, _SAME, ResponseCall, parse
 from triptych.client.openai_api.responses.store import Store
+from triptych.python_models.contract.answer import Syntax
 from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
 from triptych.python_models.contract.request import ChatRequest, MediaPart, Message, TextPart
@@ -300,6 +301,45 @@ def test_obfuscated_events_do_not_tell_the_length_of_their_text() -> None:
     one, other = (events(writer(include_obfuscation=True).chunks(Delta(text, (1,))))[-1] for text in ("a", "a" * 20))
     assert len(json.dumps(one)) == len(json.dumps(other))
     assert one["obfuscation"]
+
+
+TOOL = {"type": "function", "name": "find", "parameters": {"type": "object", "properties": {"a": {}}}}
+
+
+def test_reasoning_and_calls_are_items_of_their_own() -> None:
+    [given] = call(tools=[TOOL]).chat.request.template.tools
+    made = writer(tools=(given,))
+    text = '<think>hm, so</think>yes<tool_call>{"name": "find", "arguments": {"a": [1, "b"]}}</tool_call>'
+    data = made.first_chunks() + made.chunks(Delta(usage=Usage(5), syntax=Syntax("hermes", "qwen3")))
+    for start in range(0, len(text), 5):
+        data += made.chunks(Delta(text[start : start + 5], (1,)))
+    last = Delta("", (2,), (), "stop", None, Usage(5, 0, 9, reasoning_tokens=4))
+    found = events(data + made.chunks(last) + made.end([last]))
+    thoughts, message, function_call = found[-1]["response"]["output"]
+    assert thoughts["content"] == [{"type": "reasoning_text", "text": "hm, so"}]
+    assert message["content"][0]["text"] == "yes"
+    assert (function_call["name"], json.loads(function_call["arguments"])) == ("find", {"a": [1, "b"]})
+    assert function_call["call_id"].startswith("call_")
+    kinds = [event["type"].removeprefix("response.") for event in found]
+    ends = ["reasoning_text.done", "output_text.done", "function_call_arguments.done"]
+    assert [kind for kind in kinds if kind in ends] == ends
+    assert [event["output_index"] for event in found if event["type"].endswith("output_item.added")] == [0, 1, 2]
+    assert [event["item"] for event in found if event["type"].endswith("output_item.done")] == [
+        thoughts,
+        message,
+        function_call,
+    ]
+    for name, whole in (("reasoning_text", "hm, so"), ("function_call_arguments", function_call["arguments"])):
+        assert "".join(e["delta"] for e in found if e["type"] == f"response.{name}.delta") == whole
+    assert found[-1]["response"]["usage"]["output_tokens_details"]["reasoning_tokens"] == 4
+    # and what they are as messages of the next request
+    again = call(
+        input=[*found[-1]["response"]["output"], {"type": "function_call_output", "call_id": "c", "output": "4"}]
+    )
+    answer, result = again.chat.request.messages
+    assert (answer.role, answer.reasoning, answer.parts[0].text) == ("assistant", "hm, so", "yes")  # type: ignore[union-attr]
+    assert [(made.name, made.arguments) for made in answer.tool_calls] == [("find", function_call["arguments"])]
+    assert (result.role, result.tool_call_id) == ("tool", "c")
 
 
 def response(name: str, text: str = "x") -> dict[str, Any]:

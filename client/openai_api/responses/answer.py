@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage, put
 from triptych.python_models.contract.errors import TriptychError
 
 from .. import sse
+from ..tool_parsers import AnswerParser, Arguments, Call, Reasoning, Text
+from ..tool_parsers import Event as Piece
+from ..tool_parsers.answer import schemas
+from .output import CallItem, Event, Item, MessageItem, ReasoningItem
+
+_Item = TypeVar("_Item", bound=Item)
 
 # What a response that was cut off says of it.
 _INCOMPLETE = {"length": "max_output_tokens"}
 
 
 class Answer:
-    """One response in the making. An item of its output is opened by the first delta that is of its kind.
+    """One response in the making. An item of its output is opened by the first piece of text of its kind.
 
     Args:
         request_id: of the generation; the ids of the response and its items are made from it.
@@ -26,6 +32,7 @@ class Answer:
         cache_report: tell how many tokens of the prompt came from the prefix cache.
         include_obfuscation: bring events of text to a multiple of a size with random characters.
         keep: called with the finished response; None to keep nothing.
+        tools: the functions that the model may call, as chat completions have them.
     """
 
     # choices of the generation
@@ -40,6 +47,7 @@ class Answer:
         cache_report: bool = True,
         include_obfuscation: bool = False,
         keep: Callable[[dict[str, Any]], object] | None = None,
+        tools: tuple[Mapping[str, Any], ...] = (),
     ) -> None:
         self._mark = request_id.rpartition("-")[2]
         self._head = {"id": f"resp_{self._mark}", "object": "response", "created_at": created, "model": model}
@@ -47,32 +55,41 @@ class Answer:
         self._cache_report = cache_report
         self._include_obfuscation = include_obfuscation
         self._keep = keep
+        self._tools = tools
         self._num_events = 0
         self._output: list[dict[str, Any]] = []
-        self._text: _Text | None = None
+        self._parser: AnswerParser | None = None
+        self._open: Item | None = None
+        # of tokens whose text is still to come
+        self._logprobs: list[dict[str, Any]] = []
         self._reason = ""
 
     def first_chunks(self) -> bytes:
         """The events that say that the response has begun."""
         response = self._response("in_progress", None)
-        return self._event("response.created", response=response) + self._event(
-            "response.in_progress", response=response
-        )
+        return self._write(("created", {"response": response})) + self._write(("in_progress", {"response": response}))
 
     def chunks(self, delta: Delta) -> bytes:
         """The events of one delta."""
-        out = b""
-        if delta.text or delta.logprobs:
-            out += self._add_text(delta.text, delta.logprobs)
+        if delta.syntax is not None:
+            self._parser = AnswerParser(delta.syntax, schemas(self._tools))
+        self._logprobs += logprobs(delta.logprobs)
+        pieces = self._pieces(delta)
+        if pieces and not any(isinstance(piece, Text) for piece in pieces):
+            # only the text of the answer has them
+            self._logprobs = []
+        out = [self._write(event) for piece in pieces for event in self._take(piece)]
         if delta.finish_reason:
             self._reason = delta.finish_reason
-            out += self._close()
-        return out
+            # an answer without any text is an empty text
+            last = self._close() if self._open or self._output else [*self._take(Text("")), *self._close()]
+            out += [self._write(event) for event in last]
+        return b"".join(out)
 
     def end(self, deltas: Iterable[Delta]) -> bytes:
         """The event that ends the response, with all of it."""
         response = self._finish(deltas)
-        return self._event(f"response.{response['status']}", response=response)
+        return self._write((response["status"], {"response": response}))
 
     def whole(self, deltas: Iterable[Delta]) -> dict[str, Any]:
         """The response of a request that does not stream."""
@@ -88,7 +105,47 @@ class Answer:
         """The event of a failure after the stream began."""
         response = self._response("failed", None)
         response["error"] = {"code": "server_error", "message": error.message}
-        return self._event("response.failed", response=response)
+        return self._write(("failed", {"response": response}))
+
+    def _pieces(self, delta: Delta) -> list[Piece]:
+        if self._parser is None:
+            return [Text(delta.text)] if delta.text or delta.logprobs else []
+        pieces = self._parser.feed(delta.text)
+        return pieces + self._parser.finish() if delta.finish_reason else pieces
+
+    def _take(self, piece: Piece) -> list[Event]:
+        if isinstance(piece, Call):
+            events = self._close()
+            self._open = CallItem(self._mark, len(self._output), piece.name)
+            return [*events, *self._open.begin()]
+        if isinstance(piece, Arguments):
+            assert isinstance(self._open, CallItem)
+            return [self._open.add(piece.text)]
+        if isinstance(piece, Reasoning):
+            events, thoughts = self._of(ReasoningItem)
+            return [*events, thoughts.add(piece.text)]
+        events, message = self._of(MessageItem)
+        told, self._logprobs = self._logprobs, []
+        message.logprobs += told
+        return [*events, message.add(piece.text, logprobs=told)]
+
+    def _of(self, kind: type[_Item]) -> tuple[list[Event], _Item]:
+        """The open item of a kind, and the events that open it where it is not."""
+        if isinstance(self._open, kind):
+            return [], self._open
+        events = self._close()
+        item = kind(self._mark, len(self._output))
+        self._open = item
+        return [*events, *item.begin()], item
+
+    def _close(self) -> list[Event]:
+        """End the item that is open."""
+        if self._open is None:
+            return []
+        item, self._open = self._open, None
+        status = "incomplete" if self._reason in _INCOMPLETE else "completed"
+        self._output.append(item.whole(status))
+        return list(item.end(status))
 
     def _finish(self, deltas: Iterable[Delta]) -> dict[str, Any]:
         cut = _INCOMPLETE.get(self._reason)
@@ -111,72 +168,13 @@ class Answer:
             **self._echo,
         }
 
-    def _add_text(self, text: str, found: Sequence[TokenLogprob]) -> bytes:
-        out = b""
-        if self._text is None:
-            self._text = _Text(f"msg_{self._mark}_{len(self._output)}", len(self._output))
-            item = self._text.item("in_progress")
-            out += self._event("response.output_item.added", output_index=self._text.index, item=item | {"content": []})
-            out += self._event("response.content_part.added", **self._text.place, part=item["content"][0])
-        self._text.pieces.append(text)
-        told = logprobs(found)
-        self._text.logprobs += told
-        event = {**self._text.place, "delta": text, "logprobs": told}
-        return out + self._event("response.output_text.delta", self._include_obfuscation, **event)
-
-    def _close(self) -> bytes:
-        """End what is open; an answer without any text is an empty text."""
-        out = b"" if self._text or self._output else self._add_text("", ())
-        if self._text is None:
-            return out
-        done, self._text = self._text, None
-        item = done.item("incomplete" if self._reason in _INCOMPLETE else "completed")
-        [part] = item["content"]
-        self._output.append(item)
-        return b"".join(
-            (
-                out,
-                self._event("response.output_text.done", **done.place, text=part["text"], logprobs=part["logprobs"]),
-                self._event("response.content_part.done", **done.place, part=part),
-                self._event("response.output_item.done", output_index=done.index, item=item),
-            )
-        )
-
-    def _event(self, kind: str, obfuscated: bool = False, /, **fields: Any) -> bytes:
-        data = {"type": kind, "sequence_number": self._num_events, **fields}
+    def _write(self, event: Event) -> bytes:
+        kind, fields = event
+        data = {"type": f"response.{kind}", "sequence_number": self._num_events, **fields}
         self._num_events += 1
-        return b"event: %s\n" % kind.encode() + sse.event(sse.padded(data) if obfuscated else data)
-
-
-class _Text:
-    """The message that is being written.
-
-    Args:
-        item_id: its id.
-        index: its place in the output.
-    """
-
-    def __init__(self, item_id: str, index: int) -> None:
-        self.index = index
-        self.place = {"item_id": item_id, "output_index": index, "content_index": 0}
-        self.pieces: list[str] = []
-        self.logprobs: list[dict[str, Any]] = []
-
-    def item(self, status: str) -> dict[str, Any]:
-        """As an item of the output."""
-        part = {
-            "type": "output_text",
-            "text": "".join(self.pieces),
-            "annotations": [],
-            "logprobs": list(self.logprobs),
-        }
-        return {
-            "id": self.place["item_id"],
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": [part],
-        }
+        if self._include_obfuscation and "delta" in fields:
+            data = sse.padded(data)
+        return b"event: response.%s\n" % kind.encode() + sse.event(data)
 
 
 def usage(found: Usage, cache_report: bool) -> dict[str, Any]:
@@ -186,7 +184,7 @@ def usage(found: Usage, cache_report: bool) -> dict[str, Any]:
         "input_tokens": chat["prompt_tokens"],
         "input_tokens_details": chat["prompt_tokens_details"],
         "output_tokens": chat["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0} | chat["completion_tokens_details"],
+        "output_tokens_details": chat["completion_tokens_details"],
         "total_tokens": chat["total_tokens"],
     }
 

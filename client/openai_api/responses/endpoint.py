@@ -79,6 +79,7 @@ async def _create(request: Request, service: Service, store: Store) -> Response:
         options.enable_cache_report,
         call.include_obfuscation,
         keep if call.store else None,
+        chat.request.template.tools,
     )
     stream = chat.request.stream
     # Large media must not stay in memory while the answer is generated.

@@ -94,13 +94,14 @@ def add_item(value: Any, messages: Messages, where: str) -> None:
     Raises:
         TriptychError: naming the field.
     """
-    item = check.mapping(value, where)
+    # null is how the openai package writes a field of an item that is not there
+    item = {name: field for name, field in check.mapping(value, where).items() if field is not None}
     kind = item.get("type", "message" if "role" in item else None)
     if kind not in ITEM_TYPES:
         raise invalid(f"{where}.type must be one of {', '.join(ITEM_TYPES)}, got {kind!r}", f"{where}.type")
-    if item.get("status") is not None and item["status"] not in _STATES:
+    if item.get("status", "completed") not in _STATES:
         raise invalid(f"{where}.status must be one of {', '.join(_STATES)}, got {item['status']!r}", f"{where}.status")
-    if item.get("id") is not None:
+    if "id" in item:
         check.string(item["id"], f"{where}.id")
     _ADD[kind](item, messages, where)
 
@@ -132,7 +133,7 @@ def _parts(value: Any, where: str, role: str) -> list[dict[str, Any]]:
 
 
 def _part(value: Any, where: str) -> dict[str, Any]:
-    part = dict(check.mapping(value, where))
+    part = {name: field for name, field in check.mapping(value, where).items() if field is not None}
     kind = part.pop("type", None)
     if kind == "input_file":
         raise TriptychError(
@@ -155,7 +156,7 @@ def _part(value: Any, where: str) -> dict[str, Any]:
 
 def _image(part: dict[str, Any], where: str) -> dict[str, Any]:
     check.known_keys(part, ("detail", "image_url", "file_id", "prompt_cache_breakpoint"), where)
-    if part.pop("file_id", None) is not None:
+    if "file_id" in part:
         raise TriptychError(
             ErrorKind.UNSUPPORTED,
             f"{where}.file_id is not supported; give image_url, an http(s) or data: URL",
@@ -192,7 +193,7 @@ def _add_output(item: Mapping[str, Any], messages: Messages, where: str) -> None
 
 def _add_thoughts(item: Mapping[str, Any], messages: Messages, where: str) -> None:
     check.known_keys(item, ("type", "id", "summary", "content", "encrypted_content", "status"), where)
-    if item.get("encrypted_content") is not None:
+    if "encrypted_content" in item:
         raise TriptychError(
             ErrorKind.UNSUPPORTED,
             f"{where}.encrypted_content is not supported; leave it out",

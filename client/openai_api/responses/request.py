@@ -36,6 +36,8 @@ _REFUSED: dict[str, Callable[[Any, str], None]] = {
     "prompt": only(),
     "truncation": only("disabled"),
 }
+# A function whose schema is not given, as answers repeat it.
+_TOOL = {"type": "function", "description": None, "parameters": None, "strict": False}
 _LOGPROBS = "message.output_text.logprobs"
 # pictures of the input are always there
 _INCLUDE = (_LOGPROBS, "message.input_image.image_url")
@@ -278,7 +280,7 @@ def _echo(data: Mapping[str, Any], chat: ChatCall) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity") or "medium"},
         "tool_choice": data.get("tool_choice") or "auto",
-        "tools": data.get("tools") or [],
+        "tools": [_TOOL | tool for tool in data.get("tools") or ()],
         "top_logprobs": sampling.top_logprobs,
         "top_p": sampling.top_p,
         "truncation": "disabled",
