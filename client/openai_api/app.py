@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from triptych.python_models.contract.errors import TriptychError
 
-from . import completions, errors, models, page, responses, system, tokens
+from . import audio, completions, errors, generative, models, page, responses, system, tokens
 from .chat import chat_completions
 from .documentation import document
 from .drain import Gate
@@ -44,6 +44,8 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(completions.router(service))
     app.include_router(tokens.router(service))
     app.include_router(responses.router(service))
+    app.include_router(audio.router(service))
+    app.include_router(generative.router(service))
     app.include_router(models.router(service))
     app.include_router(system.router(service))
     if service.options.playground:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
@@ -14,6 +15,29 @@ from .admission import Ticket
 _DISCARD_S = 10.0
 # A body that stops in the middle holds a place that others could use.
 _SILENCE_S = 60.0
+
+
+JSON, FORM = "application/json", "multipart/form-data"
+
+
+def check_type(request: Request, media_type: str) -> None:
+    """Refuse a body of the wrong type before it is read.
+
+    Clients often send JSON without saying so (curl -d says that it is a form), so anything but a multipart form is
+    taken for JSON.
+
+    Args:
+        request: the HTTP request.
+        media_type: JSON or FORM: what the endpoint reads.
+
+    Raises:
+        HTTPException: 415.
+    """
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != FORM if media_type == FORM else given.startswith("multipart/"):
+        raise HTTPException(415, f"the body must be {media_type}, not {given or 'without a type'}")
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise HTTPException(415, f"the body must be sent as it is, not with Content-Encoding {coding}")
 
 
 async def read_body(request: Request, ticket: Ticket, max_bytes: int) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
@@ -18,7 +19,7 @@ from triptych.python_models.contract.tensors import CHAT_TEXT
 
 from . import sse
 from .admission import Ticket
-from .body import discard, read_body
+from .body import JSON, check_type, discard, read_body
 from .errors import in_openai_words
 from .generation import Generation, Generations
 from .service import Service
@@ -58,26 +59,31 @@ Ask = tuple[ChatRequest, tuple[bytes, ...]]
 """A request and its media."""
 
 
-async def read(request: Request, service: Service, parse: Callable[[bytes], _T]) -> tuple[_T, Ticket]:
+async def read(
+    request: Request, service: Service, parse: Callable[[bytes], _T], media_type: str = JSON
+) -> tuple[_T, Ticket]:
     """Take a request on and check its body.
 
     Args:
         request: of the client.
         service: the shim's state.
         parse: the body -> what it asks for.
+        media_type: of the body, see :func:`.body.check_type`.
 
     Returns:
         What it asks for, and its share of the shim, which the caller releases.
 
     Raises:
         TriptychError: it cannot be served now, or what ``parse`` says.
+        HTTPException: 415.
     """
     try:
+        check_type(request, media_type)
         # Before the body is read: what no request can do without. The rest is known once it is parsed.
         if error := service.unavailable(TEXT_STAGES):
             raise error
         ticket = service.admission.enter()
-    except TriptychError:
+    except (TriptychError, HTTPException):
         await discard(request)
         raise
     try:
