@@ -98,10 +98,9 @@ def ask_grpc(url: str, text: str, picture: bytes | None, answer: int) -> tuple[f
     first, tokens = 0.0, 0
     content: list[dict[str, Any]] = [{"type": "text", "text": text}]
     if picture:
-        content.insert(0, {"type": "image", "blob": 0})
+        content.insert(0, {"type": "image", "image": picture})
     messages = [{"role": "user", "content": content}]
-    media = [picture] if picture else []
-    for delta in client.chat(messages, media, max_tokens=answer, temperature=0.0, ignore_eos=True):
+    for delta in client.stream_chat(messages, max_tokens=answer, temperature=0.0, ignore_eos=True):
         if delta.token_ids and not first:
             first = time.perf_counter() - start
         tokens += len(delta.token_ids)

@@ -38,7 +38,9 @@ class Stream(Iterator[Delta]):
     Deltas of several choices (``n``) come mixed, each says which choice it belongs to (``index``).
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, owner: object) -> None:
+        # an engine or client that is collected ends what runs
+        self._owner = owner
         self._done = False
         self._error: TriptychError | None = None
         self._collected = Collector()
@@ -99,7 +101,8 @@ class Stream(Iterator[Delta]):
 class AsyncStream(AsyncIterator[Delta]):
     """As :class:`Stream`, for ``async for``. Cancelling the task that waits for it ends the generation too."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, owner: object) -> None:
+        self._owner = owner
         self._done = False
         self._error: TriptychError | None = None
         self._collected = Collector()

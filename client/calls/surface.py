@@ -109,7 +109,7 @@ class SyncCalls:
         self, messages: Conversation, *, sampling: Sampling | None = None, **options: Unpack[ChatOptions]
     ) -> Stream:
         """As :meth:`chat` for one conversation: its deltas as they come."""
-        return Stream(_starter(self._start, chat_call(messages, dict(options), sampling, stream=True)))
+        return Stream(_starter(self._start, chat_call(messages, dict(options), sampling, stream=True)), self)
 
     @overload
     def generate(
@@ -197,10 +197,10 @@ class SyncCalls:
     ) -> Stream:
         """As :meth:`generate` for one prompt: the deltas as they come."""
         media = {"images": images, "videos": videos, "audios": audios}
-        return Stream(_starter(self._start, prompt_call(prompt, media, dict(options), sampling, stream=True)))
+        return Stream(_starter(self._start, prompt_call(prompt, media, dict(options), sampling, stream=True)), self)
 
     def _one(self, make: Make) -> Result:
-        with Stream(_starter(self._start, make())) as stream:
+        with Stream(_starter(self._start, make()), self) as stream:
             return stream.result()
 
     def _batch(self, makers: list[Make], progress: bool | None) -> Batch:
@@ -350,7 +350,7 @@ class AsyncCalls:
     async def _stream(self, make: Make) -> AsyncStream:
         # files are read and pictures encoded there
         call = await asyncio.to_thread(make)
-        return AsyncStream(_starter(self._start, call))
+        return AsyncStream(_starter(self._start, call), self)
 
     async def _one(self, make: Make) -> Result:
         async with await self._stream(make) as stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2_grpc as rpc
 
 from triptych.client.launcher.server import KEY_HEADER as MANAGEMENT_HEADER
 from triptych.client.sdk import wire
-from triptych.client.sdk.client import rpc_error
+from triptych.client.sdk.errors import rpc_error
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import STAGES
@@ -33,15 +33,19 @@ class Triton:
         self._stub = rpc.GRPCInferenceServiceStub(self._channel)
         self._management = ((f"triton-grpc-protocol-{MANAGEMENT_HEADER}", management_key),) if management_key else ()
 
-    async def infer(self, message: Any) -> AsyncIterator[Any]:
+    async def infer(self, message: Any, headers: Mapping[str, str] | None = None) -> AsyncIterator[Any]:
         """Send one request on a stream of its own; its ``ModelInferResponse`` messages in order.
 
         A stream per request: an error ends no other request, and the end of the stream is the end of the request.
 
+        Args:
+            message: the ``ModelInferRequest``.
+            headers: metadata to send along.
+
         Raises:
             TriptychError: what the server or a stage reported; STAGE_DEAD where the server cannot be reached.
         """
-        call = self._stub.ModelStreamInfer(_once(message))
+        call = self._stub.ModelStreamInfer(_once(message), metadata=tuple(headers.items()) if headers else None)
         del message
         try:
             async for answer in call:

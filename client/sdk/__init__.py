@@ -1,5 +1,6 @@
-"""A typed Python client of the ensembles, over gRPC."""
+"""Typed Python clients of the ensembles, over gRPC."""
 
-from .client import ChatStream, Client
+from .client import AsyncClient, Client
+from .connection import TLS
 
-__all__ = ["ChatStream", "Client"]
+__all__ = ["TLS", "AsyncClient", "Client"]

@@ -145,7 +145,7 @@ def test_the_sdk_cancels_what_is_dropped(server: Any) -> None:
 
     messages = [{"role": "user", "content": "hello"}]
     with Client(f"127.0.0.1:{server.grpc_port}") as client:
-        stream = client.chat(messages, max_tokens=LONG, ignore_eos=True, temperature=0)
+        stream = client.stream_chat(messages, max_tokens=LONG, ignore_eos=True, temperature=0)
         while not next(stream).token_ids:
             pass
         stream.close()
@@ -153,9 +153,11 @@ def test_the_sdk_cancels_what_is_dropped(server: Any) -> None:
         with pytest.raises(StopIteration):
             next(stream)
         # an iterator that is simply forgotten
-        for delta in client.chat(messages, max_tokens=LONG, ignore_eos=True, temperature=0):
+        for delta in client.stream_chat(messages, max_tokens=LONG, ignore_eos=True, temperature=0):
             if delta.token_ids:
                 break
         wait_for(lambda: running(server) == 0, SOON_S)
-        client.chat(messages, max_tokens=LONG, ignore_eos=True, temperature=0)
+        # one that still runs when its client is closed
+        left = client.stream_chat(messages, max_tokens=LONG, ignore_eos=True, temperature=0)
+        assert next(left).token_ids
     wait_for(lambda: running(server) == 0, SOON_S)

@@ -182,24 +182,19 @@ def test_the_sdk_gives_the_same_token_ids(server: Any, parts: Any, truth: Any) -
 
     picture = Image.open(io.BytesIO(parts.picture(5))).convert("RGB")
     expected, text = truth([picture, "what?"], 10)
-    content = [{"type": "image", "blob": 0}, {"type": "text", "text": "what?"}]
+    content = [{"type": "image", "image": parts.picture(5)}, {"type": "text", "text": "what?"}]
+    messages = [{"role": "user", "content": content}]
     with Client(f"127.0.0.1:{server.grpc_port}") as client:
         assert client.settings().model.endswith("qwen2_5_omni")
-        for stream in (True, False):
-            deltas = list(
-                client.chat(
-                    [{"role": "user", "content": content}],
-                    [parts.picture(5)],
-                    stream=stream,
-                    max_tokens=10,
-                    temperature=0,
-                )
-            )
-            assert [token for delta in deltas for token in delta.token_ids] == expected
-            assert "".join(delta.text for delta in deltas) == text
-            assert deltas[-1].finish_reason
-            assert deltas[-1].usage is not None
-            assert deltas[-1].usage.completion_tokens == len(expected)
+        answer = client.chat(messages, max_tokens=10, temperature=0)
+        assert list(answer.token_ids) == expected
+        assert answer.text == text
+        assert answer.finish_reason
+        assert answer.usage.completion_tokens == len(expected)
+        deltas = list(client.stream_chat(messages, max_tokens=10, temperature=0))
+        assert len(deltas) > 1
+        assert [token for delta in deltas for token in delta.token_ids] == expected
+        assert "".join(delta.text for delta in deltas) == text
 
 
 def test_models_and_health(server: Any, client: openai.OpenAI) -> None:

@@ -177,7 +177,7 @@ def test_the_sdk_takes_the_same_fields(server: Any) -> None:
     grammar = {"type": "regex", "value": "[xyz]{4}"}
     with Client(f"127.0.0.1:{server.grpc_port}") as client:
         deltas = list(
-            client.chat(
+            client.stream_chat(
                 [{"role": "user", "content": "hello"}],
                 n=2,
                 temperature=1.0,
@@ -191,9 +191,9 @@ def test_the_sdk_takes_the_same_fields(server: Any) -> None:
         texts = ["".join(delta.text for delta in deltas if delta.index == index) for index in range(2)]
         assert all(re.fullmatch("[xyz]{4}", text) for text in texts)
         assert [delta.index for delta in deltas if delta.finish_reason == "stop"] in ([0, 1], [1, 0])
-        assert client.chat([{"role": "user", "content": "hello"}], grammar=grammar, temperature=0).text(0)
+        assert re.fullmatch("[xyz]{4}", client.chat("hello", regex="[xyz]{4}", temperature=0).text)
         with pytest.raises(TriptychError, match="parenthesis") as caught:
-            client.chat([{"role": "user", "content": "x"}], grammar={"type": "regex", "value": "(a"}).text()
+            client.chat("x", regex="(a")
     assert caught.value.param == "grammar"
 
 

@@ -83,17 +83,17 @@ class Served:
     def ask(self, chat: Any, max_tokens: int = NEW_TOKENS) -> Any:
         """Start a request; its stream of deltas."""
         messages = []
+        media = [self.files[medium.digest] for medium in chat.media]
         for message in chat.messages:
             content: Any = [
                 {"type": "text", "text": part.text}
                 if hasattr(part, "text")
-                else {"type": part.modality, "blob": part.blob}
+                else {"type": part.modality, part.modality: media[part.blob]}
                 for part in message.parts
             ]
             messages.append({"role": message.role, "content": content[0]["text"] if message.plain else content})
-        media = [self.files[medium.digest] for medium in chat.media]
         asked = {"temperature": 0.0, "max_tokens": max_tokens, "logprobs": True, "top_logprobs": TOP}
-        return self.client.chat(messages, media, **asked)
+        return self.client.stream_chat(messages, **asked)
 
     def expect(self, *chats: Any) -> None:
         """All at once, each answered as transformers does."""
