@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton_python_backend_utils as pb_utils
 
+from triptych.python_models.contract import logs
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
 from triptych.python_models.contract.generate import PARAMETERS
 from triptych.python_models.contract.settings import Settings
@@ -102,12 +103,12 @@ class HostedStage:
             # the first to be registered is the last to run: everything has been said and stopped by then, and taking
             # torch apart module by module would hold up the server's end by seconds
             atexit.register(os._exit, 0)
-            _prepare_process(config.labels)
+            _prepare_process(config.labels, config.settings)
             if config.settings.torch_threads:
                 torch.set_num_threads(config.settings.torch_threads)
             self._spec = config.spec
             server = os.getppid()
-            self._telemetry = MetricsThread(config.labels, lambda: _end_with(server))
+            self._telemetry = MetricsThread(config.labels, lambda: _end_with(server), config.settings.enable_metrics)
             self._stage = _stage(config, self._telemetry)
             # what was loaded stays: collections that walk through all of it would hold up every stream
             gc.collect()
@@ -125,7 +126,7 @@ class HostedStage:
     def accept(self, request: Any) -> None:
         """Take one request. Never blocks and never raises: the server would take the whole batch as failed."""
         try:
-            responder = self._sender.responder(request.get_response_sender())
+            responder = self._sender.responder(request.get_response_sender(), request.request_id())
         except Exception:  # noqa: BLE001 - nothing may leave execute
             _LOG.exception("a request without a way to answer it was dropped")
             return
@@ -152,7 +153,7 @@ class HostedStage:
         except TriptychError as error:
             responder.fail(error)
         except Exception as error:  # noqa: BLE001 - nothing may leave execute
-            _LOG.exception("a request could not be taken")
+            _LOG.exception("a request could not be taken", extra=logs.about(request.request_id()))
             responder.fail(TriptychError(ErrorKind.STAGE_FAILED, f"{type(error).__name__}: {error}"))
 
     def close(self) -> None:
@@ -231,7 +232,7 @@ def _device(spec: StageSpec, settings: Settings, kind: str, device_id: str) -> s
     return f"cuda:{index}"
 
 
-def _prepare_process(labels: Mapping[str, str]) -> None:
+def _prepare_process(labels: Mapping[str, str], settings: Settings) -> None:
     """Make the stub's embedded interpreter like an ordinary one: text files in UTF-8, logs to the server's log."""
     try:
         locale.setlocale(locale.LC_CTYPE, "")
@@ -243,10 +244,7 @@ def _prepare_process(labels: Mapping[str, str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    name = labels.get("instance", labels["stage"])
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s {name} %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(labels.get("instance", labels["stage"]), settings.log_level, settings.log_format)
 
 
 def _end_with(server: int) -> None:

@@ -30,15 +30,17 @@ _Key = tuple[str, tuple[tuple[str, str], ...]]
 class MetricsThread:
     """Implements :class:`~triptych.python_models.stage.Telemetry` for one stub."""
 
-    def __init__(self, labels: Mapping[str, str], on_heartbeat: Callable[[], None]) -> None:
+    def __init__(self, labels: Mapping[str, str], on_heartbeat: Callable[[], None], enabled: bool = True) -> None:
         """Start the thread.
 
         Args:
             labels: what every sample carries.
             on_heartbeat: called by the thread with every heartbeat.
+            enabled: False where nothing is to be measured: the thread only beats.
         """
         self._labels = dict(labels)
         self._on_heartbeat = on_heartbeat
+        self._enabled = enabled
         self._lock = threading.Lock()
         self._sums: dict[_Key, float] = {}
         self._gauges: dict[_Key, float] = {}
@@ -96,6 +98,8 @@ class MetricsThread:
 
         Not an exception: a misspelt metric must not end the worker of a stage.
         """
+        if not self._enabled:
+            return None
         spec = METRICS.get(name)
         if spec is None or spec.kind not in kinds or sorted(labels) != sorted(spec.labels):
             if name not in self._reported:

@@ -12,6 +12,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from triptych.python_models.contract import logs
 from triptych.python_models.contract.delta import Delta, put
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.tensors import StageSpec
@@ -23,6 +24,8 @@ from .io import make_outputs
 MERGE_ABOVE = 4000
 # longest time that an answer waits for the stage's worker to pause
 _PATIENCE_S = 0.02
+# of the server, not of the request
+_FAULTS = (ErrorKind.STAGE_FAILED, ErrorKind.STAGE_DEAD, ErrorKind.TIMEOUT)
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _LOG = logging.getLogger(__name__)
 _Content = Mapping[str, Any] | TriptychError
@@ -54,9 +57,9 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="triptych-sender", daemon=True)
         self._thread.start()
 
-    def responder(self, wire: Any) -> TritonResponder:
+    def responder(self, wire: Any, request_id: str = "") -> TritonResponder:
         """A responder for one request; ``wire`` is the request's InferenceResponseSender."""
-        responder = TritonResponder(self, wire, self._spec.decoupled)
+        responder = TritonResponder(self, wire, self._spec.decoupled, request_id)
         with self._lock:
             self._open.add(responder)
         return responder
@@ -170,7 +173,7 @@ class Sender:
                 _LOG.exception("an answer could not be made into tensors")
                 content = TriptychError(ErrorKind.STAGE_FAILED, f"an answer could not be sent: {error}")
         if isinstance(content, TriptychError):
-            response = self._error(content)
+            response = self._error(content, responder)
             final = True
         try:
             # an error that is not final at once leaks the ensemble's request
@@ -187,7 +190,7 @@ class Sender:
                 with self._lock:
                     self._open.discard(responder)
 
-    def _error(self, error: TriptychError) -> Any:
+    def _error(self, error: TriptychError, responder: TritonResponder) -> Any:
         error.stage = error.stage or self._spec.name
         if name := self._spec.error_output:
             return pb_utils.InferenceResponse(make_outputs({name: [error.to_wire()]}, self._spec, self._dtypes))
@@ -204,6 +207,7 @@ class TritonResponder:
 
     Attributes:
         wire: the request's InferenceResponseSender; only the sender thread uses it.
+        request_id: for what the log tells of it.
         ended: whether the final response has left; only the sender thread uses it.
         renderer: what makes tensors of deltas, where it is not their own way.
         waiting: what is to be sent, in order; as all that follows, guarded by the sender's lock.
@@ -213,9 +217,10 @@ class TritonResponder:
             who do.
     """
 
-    def __init__(self, sender: Sender, wire: Any, decoupled: bool) -> None:
-        """Args: the thread to send by, the request's sender, whether several responses are allowed."""
+    def __init__(self, sender: Sender, wire: Any, decoupled: bool, request_id: str = "") -> None:
+        """Args: the thread to send by, the request's sender, whether several responses are allowed, its id."""
         self.wire = wire
+        self.request_id = request_id
         self.ended = False
         self.renderer: Callable[[Delta], Mapping[str, Any] | None] | None = None
         self.waiting: list[_Content | _Deltas] = []

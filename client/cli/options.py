@@ -16,6 +16,8 @@ from .parser import CommandError
 
 # Settings whose option is not simply their name with dashes.
 _NAMES = {"model": "--model-path", "allowed_media_hosts": "--allowed-media-host"}
+# Settings that hold for the endpoint's own process, whatever server it asks.
+_OF_THE_ENDPOINT_TOO = ("log_level", "log_format")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -75,11 +77,13 @@ def refuse_with_running_server(args: argparse.Namespace) -> None:
     Raises:
         CommandError: an option that would have no effect.
     """
-    given = [option_of(f.name) for f in fields(Settings) if getattr(args, f.name) is not None]
+    others = [f.name for f in fields(Settings) if f.name not in _OF_THE_ENDPOINT_TOO]
+    given = [option_of(name) for name in others if getattr(args, name) is not None]
     given += ["MODEL"] if args.model_argument is not None else []
     given += [f"--{name}" for name in ("tritonserver", "server-log") if getattr(args, name.replace("-", "_"))]
     given += [f"--{name}" for name in ("grpc-port", "http-port") if getattr(args, name.replace("-", "_"))]
     given += ["--open-triton-management"] if args.open_triton_management else []
+    given += ["--trace-config"] if args.trace_config else []
     if given:
         raise CommandError(
             f"{', '.join(given)} has no effect on a server that runs already (--triton-url)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import access, options
+from . import access, observing, options
 
 SUMMARY = "serve a model"
 DESCRIPTION = "Build the ensemble, start Triton Inference Server and the OpenAI-compatible endpoint, supervise both."
@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="a page at / to try the model in a browser (on by default)",
     )
-    group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     access.add_arguments(parser)
+    observing.add_arguments(parser)
     group = parser.add_argument_group("Triton server")
     group.add_argument("--tritonserver", metavar="PATH", help="program or installation folder (default: found)")
     group.add_argument("--triton-url", metavar="HOST:PORT", help="gRPC address of a running server to use instead")

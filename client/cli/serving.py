@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import math
 import signal
 import socket
@@ -25,7 +24,7 @@ from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.settings import Settings
 from triptych.python_models.contract.tensors import STAGES
 
-from . import access, options
+from . import access, observing, options
 from .parser import CommandError
 
 _SUPERVISE_S = 0.5
@@ -54,14 +53,11 @@ def serve(args: argparse.Namespace) -> int:
     Raises:
         CommandError: why it cannot start.
     """
-    logging.basicConfig(
-        level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     if args.triton_url:
         options.refuse_with_running_server(args)
     access.check(args)
     settings = options.settings_of(args)
+    observing.set_up_logs(settings)
     shim = _shim_options(args)
     triton_key = access.take_triton_key(args)
     with _listen(args.host, args.port) as listener:
@@ -185,6 +181,7 @@ class _Serving:
             embedding_dtype=placement.embedding_dtype,
             gpu_ids=placement.gpu_ids,
             log=Path(args.server_log).absolute() if args.server_log else None,
+            trace_config=args.trace_config,
             management_key=self._triton_key,
             host=args.triton_host,
             stages=self._stages,
@@ -278,6 +275,8 @@ def _shim_options(args: argparse.Namespace) -> ShimOptions:
         allowed_origins=tuple(args.allowed_origins),
         response_store_bytes=int(args.response_store_mb * 2**20),
         enable_cache_report=args.enable_cache_report,
+        log_requests=args.log_requests,
+        otlp_traces_endpoint=observing.traces_endpoint(args),
         playground=args.playground,
     )
 

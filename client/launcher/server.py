@@ -71,6 +71,7 @@ class TritonServer:
         management_key: str | None = None,
         host: str = HOST,
         stages: Sequence[str] = tuple(STAGES),
+        trace_config: Sequence[str] = (),
     ) -> None:
         """Prepare a server; nothing runs yet.
 
@@ -86,6 +87,7 @@ class TritonServer:
                 every user of this machine.
             host: address that the server's ports listen on.
             stages: those that are loaded, with the ensembles that need no others.
+            trace_config: settings of the server's own traces, ``key=value``, as its option of that name takes them.
 
         Raises:
             LauncherError: a given port is taken.
@@ -93,6 +95,7 @@ class TritonServer:
         self.binary = binary
         self.settings = settings
         self._host, self._stages = host, tuple(stages)
+        self._trace_config = tuple(trace_config)
         ports = _ports({"gRPC": grpc_port, "HTTP": http_port, "metrics": metrics_port})
         self._ports = ports
         reached = HOST if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
@@ -232,6 +235,7 @@ class TritonServer:
             management_key=self.management_key,
             host=self._host,
             stages=self._stages,
+            trace_config=self._trace_config,
         )
 
     def alive(self) -> bool:
@@ -295,7 +299,9 @@ class TritonServer:
             f"--grpc-port={ports['gRPC']}",
             f"--metrics-address={self._host}",
             f"--metrics-port={ports['metrics']}",
-            "--allow-gpu-metrics=" + ("true" if self._gpu_ids else "false"),
+            "--allow-metrics=" + ("true" if self.settings.enable_metrics else "false"),
+            "--allow-gpu-metrics=" + ("true" if self._gpu_ids and self.settings.enable_metrics else "false"),
+            *(f"--trace-config={item}" for item in self._trace_config),
             # the configs are complete; completing them would start every stage's process twice
             "--disable-auto-complete-config",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",

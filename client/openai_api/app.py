@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +21,9 @@ from .documentation import document
 from .drain import Gate
 from .keys import RequireKey
 from .middleware import RequestContext
+from .observation import Observer
 from .service import Service
+from .tracing import Tracing
 
 
 def create_app(service: Service) -> FastAPI:
@@ -30,9 +33,12 @@ def create_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await service.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
+    tracing = Tracing.to(service.options.otlp_traces_endpoint, service.options.served_model_name)
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
-    _add_middleware(app, service)
+    _add_middleware(app, service, tracing)
     app.add_exception_handler(TriptychError, errors.on_triptych_error)
     app.add_exception_handler(HTTPException, errors.on_http_error)
 
@@ -62,13 +68,13 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _add_middleware(app: FastAPI, service: Service) -> None:
+def _add_middleware(app: FastAPI, service: Service, tracing: Tracing | None) -> None:
     """What every request passes through; the last one is the first."""
     options = service.options
     app.add_middleware(Gate, traffic=service.traffic)
     if options.api_keys:
         app.add_middleware(RequireKey, keys=options.api_keys)
-    app.add_middleware(RequestContext, metrics=service.metrics, traffic=service.traffic)
+    app.add_middleware(RequestContext, observer=Observer(service.metrics, options, tracing), traffic=service.traffic)
     if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -67,6 +67,8 @@ def answer_to(error: TriptychError) -> JSONResponse:
 async def on_triptych_error(request: Request, error: Exception) -> JSONResponse:
     """Exception handler for :class:`TriptychError`."""
     assert isinstance(error, TriptychError)
+    # for what is told of the request at its end
+    request.state.error = error
     return answer_to(error)
 
 

@@ -15,12 +15,16 @@ from triptych.python_models.contract.delta import Delta, put
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.tensors import ENSEMBLES
 
+from .observation import Part
 from .triton import Triton
 
 log = logging.getLogger("triptych.shim")
 
 # A cancel that overtakes its request on the way between two stages finds nothing to end, so it is sent again.
 _CANCEL_PAUSES_S = (0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
+
+ABORTED = "abort"
+"""Finish reason of an answer that was ended by :meth:`Generation.abort`."""
 
 
 class Generation:
@@ -30,7 +34,7 @@ class Generation:
 
     Args:
         triton: the server.
-        request_id: unique among running requests.
+        part: what is told of it later; its id is unique among running requests.
         message: the ``ModelInferRequest``.
         num_choices: answers that it asks for.
         start_limit_s: seconds until the engine must have accepted the request.
@@ -42,7 +46,7 @@ class Generation:
     def __init__(
         self,
         triton: Triton,
-        request_id: str,
+        part: Part,
         message: Any,
         num_choices: int,
         start_limit_s: float,
@@ -50,7 +54,8 @@ class Generation:
         on_end: Callable[[Generation], None],
         news: asyncio.Event | None = None,
     ) -> None:
-        self.id = request_id
+        self.id = part.id
+        self._part = part
         self.stages = tuple(step.stage for step in ENSEMBLES[message.model_name].steps)
         self.accepted = False
         self._triton = triton
@@ -61,9 +66,14 @@ class Generation:
         self._waiting: dict[int, Delta] = {}
         self._error: TriptychError | None = None
         self._news = news or asyncio.Event()
-        self._num_open = num_choices
+        self._open = set(range(num_choices))
         self._finished = False
-        self._reader = asyncio.create_task(self._read(message), name=f"read-{request_id}")
+        self._reader = asyncio.create_task(self._read(message), name=f"read-{part.id}")
+
+    @property
+    def finished(self) -> bool:
+        """Nothing more is read."""
+        return self._finished
 
     async def next(self) -> list[Delta]:
         """What came since the last call: at least one delta, at most one of each choice.
@@ -109,6 +119,22 @@ class Generation:
         if self._finished:
             return
         self._end(error or TriptychError(ErrorKind.CANCELLED, "the request was cancelled"))
+        await self._cancel_everywhere()
+
+    async def abort(self) -> None:
+        """As :meth:`cancel`, but to whoever reads it that is the answer's end: choices that are open end with the
+        finish reason :data:`ABORTED`.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        for index in sorted(self._open):
+            put(self._waiting, Delta(finish_reason=ABORTED, index=index))
+        self._news.set()
+        self._on_end(self)
+        await self._cancel_everywhere()
+
+    async def _cancel_everywhere(self) -> None:
         for pause in _CANCEL_PAUSES_S:
             await asyncio.gather(*(self._cancel_in(stage) for stage in self.stages))
             done, _ = await asyncio.wait([self._reader], timeout=pause)
@@ -124,7 +150,8 @@ class Generation:
             return
 
     async def _read(self, message: Any) -> None:
-        answers = self._triton.infer(message)
+        part = self._part
+        answers = self._triton.infer(message, part.headers)
         # The media in it are not needed once they are sent.
         del message
         try:
@@ -136,22 +163,25 @@ class Generation:
                     continue
                 put(self._waiting, delta)
                 self._news.set()
+                if part.text is not None:
+                    part.text.append(delta.text)
                 if delta.finish_reason:
-                    self._num_open -= 1
-                if not self._num_open:
+                    self._open.discard(delta.index)
+                    part.end_choice(delta)
+                if not self._open:
                     self._finished = True
                     self._on_end(self)
             self._end(TriptychError(ErrorKind.STAGE_FAILED, "the answer ended without a finish reason"))
         except TriptychError as error:
             self._end(error)
         except Exception as error:
-            log.exception("request %s cannot be read", self.id)
+            log.exception("the answer cannot be read", extra={"id": self.id})
             self._end(TriptychError(ErrorKind.STAGE_FAILED, f"the answer cannot be read: {type(error).__name__}"))
 
     def _end(self, error: TriptychError) -> None:
         if not self._finished:
             self._finished = True
-            self._error = error
+            self._error = self._part.error = error
             self._news.set()
             self._on_end(self)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from triptych.python_models.contract.metrics import SECONDS
+from triptych.python_models.contract.metrics import LONG_SECONDS, SECONDS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -23,22 +23,32 @@ class ShimMetrics:
             ("route", "code"),
             registry=self.registry,
         )
-        self.running = Gauge("triptych_http_requests_running", "Chat completions in flight", registry=self.registry)
+        self.errors = Counter(
+            "triptych_http_errors",
+            "HTTP requests that ended with an error, also inside a stream, by its kind",
+            ("route", "kind"),
+            registry=self.registry,
+        )
+        self.running = Gauge(
+            "triptych_http_requests_running", "Requests sent to the Triton server and not ended", registry=self.registry
+        )
         self.body_bytes = Gauge("triptych_http_inflight_bytes", "Bytes of request bodies held", registry=self.registry)
         self.first_token = Histogram(
             "triptych_http_time_to_first_token_seconds",
-            "Arrival of a chat completion to its first text",
+            "Arrival of a request to its first token",
+            ("route",),
             buckets=SECONDS,
             registry=self.registry,
         )
         self.duration = Histogram(
             "triptych_http_request_seconds",
-            "Arrival of a chat completion to its end",
-            buckets=SECONDS,
+            "Arrival of a request that generates to the end of its answer",
+            ("route",),
+            buckets=LONG_SECONDS,
             registry=self.registry,
         )
         self.cancelled = Counter(
-            "triptych_http_cancelled", "Chat completions whose client went away", registry=self.registry
+            "triptych_http_cancelled", "Requests that generate whose client went away", registry=self.registry
         )
         self.stage_up = Gauge("triptych_stage_up", "1 while a stage answers probes", ("stage",), registry=self.registry)
         self.stage_restarts = Counter(

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .drain import Traffic
 from .errors import answer_to, unexpected
-from .metrics import ShimMetrics
+from .observation import Observer, route_of
 
 log = logging.getLogger("triptych.shim")
 
@@ -21,7 +21,7 @@ _USABLE_ID = re.compile(r"[!-~]{1,128}")
 
 
 class RequestContext:
-    """Pure ASGI: takes or makes ``X-Request-Id``, returns it, counts the request by route and status.
+    """Pure ASGI: takes or makes ``X-Request-Id``, returns it, has the request observed.
 
     A fault of the shim is answered here, so that its answer has these headers too. While the server drains, every
     answer ends its connection: its client asks elsewhere next time.
@@ -29,9 +29,9 @@ class RequestContext:
     Not a ``BaseHTTPMiddleware``: that one runs the endpoint in another task and hides disconnects from streams.
     """
 
-    def __init__(self, app: ASGIApp, metrics: ShimMetrics, traffic: Traffic) -> None:
+    def __init__(self, app: ASGIApp, observer: Observer, traffic: Traffic) -> None:
         self.app = app
-        self.metrics = metrics
+        self.observer = observer
         self.traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -39,9 +39,11 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         request_id = given if _USABLE_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
+        token = self.observer.begin(scope["method"], scope["path"], request_id, headers)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -60,10 +62,10 @@ class RequestContext:
             # with an answer under way all that is left is to end the connection, as the server does then
             if status:
                 raise
-            log.exception("request %s failed", request_id)
-            await answer_to(unexpected(error))(scope, receive, send_with_id)
+            log.exception("the endpoint failed")
+            scope["state"]["error"] = failure = unexpected(error)
+            await answer_to(failure)(scope, receive, send_with_id)
         finally:
             if scope["state"].get("client_closed"):
                 status = CLIENT_CLOSED
-            route = scope.get("route")
-            self.metrics.requests.labels(getattr(route, "path", "unknown"), str(status or CLIENT_CLOSED)).inc()
+            self.observer.end(token, status or CLIENT_CLOSED, scope["state"], route_of(scope))

@@ -26,6 +26,8 @@ class ShimOptions:
         api_keys: who may ask; none: everybody.
         allowed_origins: origins of web pages whose scripts may ask ("*": any).
         playground: whether there is a page at ``/`` to try the model in a browser.
+        log_requests: "off", "summary" (a line for each request) or "contents" (with prompt and answer).
+        otlp_traces_endpoint: URL that traces are sent to; "" for none.
     """
 
     served_model_name: str
@@ -41,3 +43,5 @@ class ShimOptions:
     api_keys: ApiKeys = field(default_factory=ApiKeys)
     allowed_origins: tuple[str, ...] = ()
     playground: bool = True
+    log_requests: str = "off"
+    otlp_traces_endpoint: str = ""

@@ -22,6 +22,7 @@ from .admission import Ticket
 from .body import JSON, check_type, discard, read_body
 from .errors import in_openai_words
 from .generation import Generation, Generations
+from .observation import route_of
 from .service import Service
 
 _T = TypeVar("_T")
@@ -134,6 +135,7 @@ class Run:
         self._ticket = ticket
         self._in_its_words = names if callable(names) else partial(in_openai_words, names=names)
         self._arrival = arrival
+        self._route = route_of(request.scope)
         self._saw_text = False
         self._watch = asyncio.create_task(_until_gone(request, self._generation, service))
 
@@ -141,6 +143,12 @@ class Run:
     def id(self) -> str:
         """Of the answer."""
         return self._generation.id
+
+    @property
+    def members(self) -> tuple[Generation, ...]:
+        """The generation of each thing asked."""
+        found = self._generation
+        return found.members if isinstance(found, Generations) else (found,)
 
     async def answer(
         self, writer: Writer, stream: bool, failed: Callable[[TriptychError], bytes] = sse.error_event
@@ -192,13 +200,13 @@ class Run:
             raise self._in_its_words(error) from None
         if not self._saw_text and any(delta.token_ids for delta in deltas):
             self._saw_text = True
-            self._service.metrics.first_token.observe(time.perf_counter() - self._arrival)
+            self._service.metrics.first_token.labels(self._route).observe(time.perf_counter() - self._arrival)
         return deltas
 
     def _close(self) -> None:
         self._watch.cancel()
         self._service.cancel(self._generation)
-        self._service.metrics.duration.observe(time.perf_counter() - self._arrival)
+        self._service.metrics.duration.labels(self._route).observe(time.perf_counter() - self._arrival)
         self._ticket.release()
 
 

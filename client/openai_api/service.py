@@ -23,6 +23,7 @@ from .drain import Traffic
 from .generation import Generation, Generations
 from .metrics import ShimMetrics
 from .monitor import Monitor
+from .observation import part_of
 from .options import ShimOptions
 from .triton import Triton
 
@@ -135,7 +136,7 @@ class Service:
         assert self.settings is not None
         generation = Generation(
             self._triton,
-            request_id,
+            part_of(request_id, request),
             wire.chat_message(request_id, request, media),
             request.sampling.n,
             start_limit_s=self.settings.mm_per_request_timeout + self.options.queue_allowance_s,
@@ -145,6 +146,16 @@ class Service:
         )
         self._running[request_id] = generation
         return generation
+
+    @property
+    def generations(self) -> tuple[Generation, ...]:
+        """Those that run."""
+        return tuple(self._running.values())
+
+    @property
+    def loaded_stages(self) -> frozenset[str]:
+        """The stages that the server has."""
+        return frozenset(self.monitor.states if self.monitor is not None else ())
 
     def triton(self, needed: Iterable[str]) -> Triton:
         """The server, for what is asked of stages themselves.
@@ -234,7 +245,7 @@ class Service:
         now = time.monotonic()
         for generation in list(self._running.values()):
             if error := generation.overdue(now):
-                log.error("request %s: %s", generation.id, error)
+                log.error("%s", error, extra={"ids": [generation.id]})
                 self._spawn(generation.cancel(error))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -12,7 +12,7 @@ from triptych.python_models.contract.errors import TriptychError
 
 from . import metrics
 from .documentation import described
-from .errors import RETRY_AFTER_S, body_of
+from .errors import RETRY_AFTER_S, body_of, error_object
 from .service import Service
 
 _TAG = "Server"
@@ -61,6 +61,9 @@ def router(service: Service) -> APIRouter:
         **described("Metrics for Prometheus", answer={"type": "string"}, answer_type="text/plain", tag=_TAG),
     )
     async def scrape() -> Response:
+        if service.settings is not None and not service.settings.enable_metrics:
+            message = "this server measures nothing: it was started with --no-enable-metrics"
+            return JSONResponse(error_object(message, 404, None, "not_found"), 404)
         service.refresh_gauges()
         text = service.metrics.text()
         if service.metrics_url:

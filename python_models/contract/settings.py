@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_type_hints
 
 from . import _check as check
+from .answer import REASONING_PARSER_ALIASES, REASONING_PARSERS, TOOL_PARSER_ALIASES, TOOL_PARSERS
 from .errors import invalid
+from .logs import FORMATS, LEVELS
 from .request import MODALITIES
 
 
@@ -43,6 +45,10 @@ class Settings:
             is found in it is copied back.
         chat_template: name of a chat template in place of the checkpoint's own (such as qwen2-vl, vicuna_v1.1; docs/
             options.md lists them), or a .jinja file; "" and "glm-4v" are the checkpoint's own.
+        tool_call_parser: format of tool calls in answers: "auto" (told by the chat template), "none" (left as text) or
+            a name of docs/tools.md, such as hermes, llama3_json, mistral, glm45 or qwen3_coder.
+        reasoning_parser: format of reasoning in answers: "auto" (told by the chat template), "none" (left as text) or
+            a name of docs/tools.md, such as qwen3, deepseek-r1, glm45 or kimi.
         context_length: longest prompt + answer in tokens; 0 takes the checkpoint's.
         max_running_requests: requests that decode together.
         max_mamba_cache_size: requests whose recurrent state (Mamba, gated delta net) is held at once, at most
@@ -84,6 +90,9 @@ class Settings:
         vision_encoder_url, audio_encoder_url: "host:port" of gRPC endpoints of other servers (comma-separated) that run
             this encoder instead; "" runs it here.
         torch_threads: CPU threads of each stage; 0 leaves torch's default.
+        enable_metrics: measurements for Prometheus, at /metrics of the endpoint and of the Triton server.
+        log_level: of endpoint and stages: "debug", "info", "warning" or "error".
+        log_format: of endpoint and stages: "text", or "json" for one object a line.
     """
 
     model: str = "builtin"
@@ -94,6 +103,8 @@ class Settings:
     load_format: str = "auto"
     json_model_override_args: str = ""
     chat_template: str = ""
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     enable_multimodal: str = "auto"
     limit_mm_data_per_request: str = ""
     mm_attention_backend: str = "auto"
@@ -136,6 +147,9 @@ class Settings:
     vision_encoder_url: str = ""
     audio_encoder_url: str = ""
     torch_threads: int = 0
+    enable_metrics: bool = True
+    log_level: str = "info"
+    log_format: str = "text"
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
@@ -235,6 +249,8 @@ def _is_share(text: str) -> bool:
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):\d{1,5}")
 _CHOICES = {
     "load_format": ("auto", "dummy"),
+    "tool_call_parser": ("auto", "none", *sorted((*TOOL_PARSERS, *TOOL_PARSER_ALIASES))),
+    "reasoning_parser": ("auto", "none", *sorted((*REASONING_PARSERS, *REASONING_PARSER_ALIASES))),
     "kv_cache_dtype": ("auto", "fp8"),
     "attention_backend": ("auto", "triton", "flash_attn", "sdpa"),
     "decoder_backend": ("auto", "fused", "transformers"),
@@ -243,6 +259,8 @@ _CHOICES = {
     "enable_multimodal": ("auto", "on", "off"),
     "mm_attention_backend": ("auto", "sdpa", "triton", "flash_attn"),
     "mm_feature_transport": ("auto", "cuda_ipc", "cpu"),
+    "log_level": LEVELS,
+    "log_format": FORMATS,
 }
 _MINIMUM = {
     "tp": 1,
