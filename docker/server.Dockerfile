@@ -1,6 +1,9 @@
-# Triptych in the NGC Triton container: docker build -f docker/server.Dockerfile -t triptych .
-ARG TRITON_TAG=24.12-py3
+# Triptych in the NGC Triton container; see docker/README.md.
+# hadolint ignore=DL3006
+ARG TRITON_TAG
 FROM nvcr.io/nvidia/tritonserver:${TRITON_TAG}
+# the image's Python belongs to the distribution
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
 WORKDIR /opt/triptych
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY kernels kernels
@@ -8,8 +11,10 @@ COPY backends backends
 COPY python_models python_models
 COPY client client
 RUN python3 -m pip install --no-cache-dir -c constraints.txt .
+COPY docker/server.sh /usr/local/bin/triptych-server
 # The server puts its working directory on the import path of every model process; it must not be the source tree.
 WORKDIR /var/lib/triptych
+# checkpoints from the hub, and compiled kernels: mount volumes here to keep them
+ENV HF_HOME=/var/lib/triptych/huggingface TRITON_CACHE_DIR=/var/lib/triptych/kernels
 EXPOSE 30000 8000 8001 8002
-ENTRYPOINT ["triptych", "serve"]
-CMD ["--host", "0.0.0.0"]
+ENTRYPOINT ["triptych-server"]

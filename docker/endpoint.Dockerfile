@@ -1,0 +1,18 @@
+# The OpenAI-compatible endpoint alone: no torch, no GPU; see docker/README.md.
+# hadolint ignore=DL3006
+ARG PYTHON_TAG
+FROM python:${PYTHON_TAG}
+WORKDIR /opt/triptych
+COPY docker/endpoint.txt ./
+RUN python3 -m pip install --no-cache-dir -r endpoint.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY kernels kernels
+COPY backends backends
+COPY python_models python_models
+COPY client client
+RUN python3 -m pip install --no-cache-dir --no-deps .
+COPY docker/endpoint.sh /usr/local/bin/triptych-endpoint
+WORKDIR /var/lib/triptych
+USER 1000
+EXPOSE 30000
+ENTRYPOINT ["triptych-endpoint"]
