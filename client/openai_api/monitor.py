@@ -139,13 +139,16 @@ class Monitor:
         )
         pause, began = self._interval_s, time.monotonic()
         while True:
+            failure: TriptychError | None = None
             try:
                 await self._triton.reload(stage)
-                failure = await self._probe(stage)
             except TriptychError as refused:
                 failure = refused
-            if failure is None:
+            # who may not load it still sees when somebody else has
+            answer = await self._probe(stage)
+            if answer is None:
                 break
+            failure = failure or answer
             state.reason = failure.message
             log.error("%s could not be loaded: %s; next try in %.0f s", stage, failure.message, pause)
             await asyncio.sleep(pause)
