@@ -180,9 +180,11 @@ class Answer:
 def usage(found: Usage, cache_report: bool) -> dict[str, Any]:
     """Token counts as the Responses API has them."""
     chat = sse.usage(found, cache_report)
+    # what is computed is cached, but for an incomplete block at the end
+    written = {"cache_write_tokens": found.prompt_tokens - found.cached_tokens} if cache_report else {}
     return {
         "input_tokens": chat["prompt_tokens"],
-        "input_tokens_details": chat["prompt_tokens_details"],
+        "input_tokens_details": chat["prompt_tokens_details"] | written,
         "output_tokens": chat["completion_tokens"],
         "output_tokens_details": chat["completion_tokens_details"],
         "total_tokens": chat["total_tokens"],

@@ -199,6 +199,12 @@ def _add_thoughts(item: Mapping[str, Any], messages: Messages, where: str) -> No
             f"{where}.encrypted_content is not supported; leave it out",
             f"{where}.encrypted_content",
         )
+    if item.get("summary"):
+        raise TriptychError(
+            ErrorKind.UNSUPPORTED,
+            f"{where}.summary is not supported; this server's reasoning is in content, its summary empty",
+            f"{where}.summary",
+        )
     texts = []
     for i, value in enumerate(item.get("content") or ()):
         place = f"{where}.content[{i}]"

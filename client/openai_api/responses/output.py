@@ -145,7 +145,7 @@ class CallItem(Item):
 
     def end(self, status: str) -> Iterator[Event]:
         """What was written, then all around it."""
-        yield "function_call_arguments.done", {**self.place, "name": self.name, "arguments": self.text}
+        yield "function_call_arguments.done", {**self.place, "arguments": self.text}
         yield from super().end(status)
 
     def whole(self, status: str) -> dict[str, Any]:
