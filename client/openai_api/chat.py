@@ -9,6 +9,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from . import sse
+from .answers import Answers
 from .fields import parse
 from .run import Run, read
 from .service import Service
@@ -36,6 +37,7 @@ async def chat_completions(request: Request, service: Service) -> Response:
         call.service_tier,
         options.enable_cache_report,
         arrival if call.return_timings else None,
+        Answers(call.request.template.tools, call.stream_reasoning),
     )
     stream = call.request.stream
     # Large media must not stay in memory while the answer is generated.

@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage, pu
 from triptych.python_models.contract.errors import TriptychError
 
 from . import timings
+from .answers import Answers
 from .errors import body_of
 
 log = logging.getLogger("triptych.shim")
@@ -87,6 +88,7 @@ class Completion:
         include_obfuscation: bring the chunks to a multiple of :data:`_PAD` bytes with random characters.
         service_tier: what the answer says of it; left out where the request did not ask.
         cache_report: tell how many tokens of the prompt came from the prefix cache.
+        answers: parses calls and reasoning.
         timed_from: when the request came, by ``time.perf_counter``, where it asks what the time went to; else None.
     """
 
@@ -100,6 +102,7 @@ class Completion:
     service_tier: str | None = None
     cache_report: bool = True
     timed_from: float | None = None
+    answers: Answers = field(default_factory=Answers)
 
     def first_chunks(self) -> bytes:
         """The chunks that name the role of each choice."""
@@ -108,6 +111,8 @@ class Completion:
 
     def chunks(self, delta: Delta) -> bytes:
         """The chunks of one delta: its text, then the finish reason where it ends its choice."""
+        if delta.syntax is not None or self.answers.syntax is not None:
+            return self._parsed_chunks(delta)
         if not delta.finish_reason and not delta.logprobs:
             return self._text_chunk(delta.index, delta.text) if delta.text else b""
         out = b""
@@ -115,6 +120,24 @@ class Completion:
             out += self._chunk([self._choice(delta.index, {"content": delta.text}, logprobs(delta.logprobs))])
         if delta.finish_reason:
             out += self._chunk([self._choice(delta.index, {}, None, delta.finish_reason, delta.matched_stop)])
+        return out
+
+    def _parsed_chunks(self, delta: Delta) -> bytes:
+        """As :meth:`chunks`, of an answer that may hold calls or reasoning."""
+        answers = self.answers
+        if delta.syntax is not None:
+            answers.syntax = delta.syntax
+        parts = answers.deltas(delta)
+        if delta.logprobs and not parts:
+            # of tokens whose text is held back
+            parts = [{"content": ""}]
+        out, found = b"", logprobs(delta.logprobs)
+        for part in parts:
+            out += self._chunk([self._choice(delta.index, part, found)])
+            found = None
+        if delta.finish_reason:
+            reason = answers.finish_reason(delta)
+            out += self._chunk([self._choice(delta.index, {}, None, reason, delta.matched_stop)])
         return out
 
     def end(self, deltas: Iterable[Delta]) -> bytes:
@@ -134,15 +157,21 @@ class Completion:
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None, "annotations": []},
+                "message": {"role": "assistant", **self._said(choice), "refusal": None, "annotations": []},
                 "logprobs": logprobs(choice.logprobs),
-                "finish_reason": choice.finish_reason,
+                "finish_reason": self.answers.finish_reason(choice),
                 "matched_stop": choice.matched_stop,
             }
             for index, choice in sorted(whole.items())
         ]
         body = self._head("chat.completion") | {"choices": choices, "usage": usage(total(taken), self.cache_report)}
         return body | self._timings(taken)
+
+    def _said(self, choice: Delta) -> dict[str, Any]:
+        """The fields of a message that a choice's text makes."""
+        # the first choice tells it for all
+        self.answers.syntax = choice.syntax or self.answers.syntax
+        return {"content": choice.text} if self.answers.syntax is None else self.answers.message(choice)
 
     def _timings(self, deltas: Iterable[Delta]) -> dict[str, Any]:
         return {} if self.timed_from is None else {"timings": timings.report(deltas, self.timed_from, self.n)}

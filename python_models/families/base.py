@@ -19,6 +19,7 @@ from ..contract.features import EncoderItem
 from ..contract.plan import MediaItem
 from ..contract.request import NO_INPUTS, Message, RawPrompt, TemplateInputs
 from ..media.types import Medium
+from .answers import Written
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ class Prepared:
         features: for each encoder ("vision", "audio") its items in the same order.
         extras: see ``Plan.extras``.
         stop: strings that end the answer, beside those the caller names.
+        written: what the answer is written in; None where it is plain text.
     """
 
     input_ids: NDArray[np.int32]
@@ -63,6 +65,7 @@ class Prepared:
     features: dict[str, list[EncoderItem]]
     extras: dict[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    written: Written | None = None
 
 
 @dataclass(frozen=True)

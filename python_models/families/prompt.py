@@ -22,14 +22,17 @@ import re
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
 from ..contract.errors import ErrorKind, TriptychError, invalid
 from ..contract.request import NO_INPUTS, MediaPart, Message, RawPrompt, TemplateInputs, TextPart
+from .answers import Formats, Written
 from .templates import TEMPLATES, ChatTemplate, inputs_of
+from .turns import CallStyle
 
+_TOOLS_IN_SYSTEM = re.compile(r"\bmessage(?:\[['\"]tools['\"]\]|\.tools\b)")
 # Different special tokens that the texts of one request may hold together.
 _STAND_INS = 256
 
@@ -42,11 +45,13 @@ class Prompt:
         text: for the processor.
         literals: a stand-in's id -> the ids it stands for.
         drop: what the tokenizer puts before and after any text and is not wanted.
+        written: what the answer is written in; None where it is plain text.
     """
 
     text: str
     literals: dict[int, list[int]]
     drop: tuple[Sequence[int], Sequence[int]] = ((), ())
+    written: Written | None = None
 
     def fill(self, ids: Sequence[int]) -> list[int]:
         """Token ids of :attr:`text` -> token ids of the prompt."""
@@ -70,6 +75,7 @@ class PromptWriter:
         control: frozenset[str] = frozenset(),
         template: ChatTemplate | None = None,
         media: Mapping[str, str] = MappingProxyType({}),
+        parsers: tuple[str, str] = ("auto", "auto"),
     ) -> None:
         """Read the template.
 
@@ -79,6 +85,7 @@ class PromptWriter:
             control: special tokens that keep their meaning in the texts of a request.
             template: None for the checkpoint's own.
             media: modality -> what the processor replaces by a medium's tokens.
+            parsers: options tool_call_parser and reasoning_parser.
 
         Raises:
             TriptychError: UNSUPPORTED where the checkpoint has no chat template or no fast tokenizer,
@@ -115,8 +122,12 @@ class PromptWriter:
             raise TriptychError(ErrorKind.UNSUPPORTED, message, "settings.model") from None
         self._inputs = found - {"messages", *inspect.signature(self._render).parameters}
         self._inputs -= set(tokenizer.special_tokens_map)
-        self._takes_tools = "tools" in found
+        whole = text if isinstance(text, str) else "\n".join(text.values())
+        # some read them from the system message, as a text
+        self._tools_in_system = "tools" not in found and _TOOLS_IN_SYSTEM.search(whole) is not None
+        self._takes_tools = "tools" in found or self._tools_in_system
         self._knows_developer = "developer" in str(text)
+        self._formats = Formats.of(whole, self._takes_tools, *parsers)
         # Read before the stand-ins join them.
         added = dict(tokenizer.added_tokens_decoder)
         special = {token.content for token in added.values() if token.special}
@@ -150,6 +161,8 @@ class PromptWriter:
         literals: dict[str, int] = {}
         conversation = [self._message(m, message, literals) for m, message in enumerate(messages)]
         options = self._options(template, literals)
+        if self._tools_in_system and template.tools:
+            conversation = _with_tools(conversation, options.pop("tools"))
         options["add_generation_prompt"] = template.add_generation_prompt
         if template.continue_final_message:
             options["continue_final_message"] = True
@@ -157,7 +170,7 @@ class PromptWriter:
             text = self._render(conversation, tokenize=False, **options)
         except TemplateError as error:
             raise invalid(f"the checkpoint's chat template refuses these messages: {error}", "messages") from None
-        except (TypeError, ValueError, KeyError, IndexError) as error:
+        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             if template.continue_final_message and "continue_final_message" in str(error):
                 raise invalid(
                     "the checkpoint's chat template does not write the last message as it is given, so it cannot be "
@@ -165,7 +178,12 @@ class PromptWriter:
                     "continue_final_message",
                 ) from None
             raise invalid(f"the checkpoint's chat template cannot render these messages: {error}", "messages") from None
-        return Prompt(str(text), {self._ids[k]: self._literal_ids(piece) for piece, k in literals.items()})
+        final = messages[-1].text if template.continue_final_message else ""
+        return Prompt(
+            str(text),
+            {self._ids[k]: self._literal_ids(piece) for piece, k in literals.items()},
+            written=self._formats.written(template, str(text), final),
+        )
 
     def read(self, prompt: RawPrompt, modalities: Collection[str]) -> Prompt:
         """A prompt that is the model's own text or token ids already.
@@ -251,6 +269,9 @@ class PromptWriter:
                 known = ", ".join(sorted(self._inputs)) or "none"
                 raise invalid(f"{where}: this model's chat template does not read it; it reads {known}", where)
             options[name] = self._literally(value, where, literals)
+        if template.reasoning_effort:
+            given = frozenset(template.variables)
+            options |= self._formats.effort(template.reasoning_effort, self._inputs, given)
         return options
 
     def _literally(self, value: Any, where: str, literals: dict[str, int]) -> Any:
@@ -271,9 +292,17 @@ class PromptWriter:
             {"type": part.modality} if isinstance(part, MediaPart) else {"type": "text", "text": next(texts)}
             for part in message.parts
         ]
-        if message.plain:
-            return {"role": role, "content": "".join(part["text"] for part in content)}
-        return {"role": role, "content": content}
+        said = "".join(part["text"] for part in content) if message.plain else content
+        if message.role == "tool" or message.tool_calls or message.reasoning or message.name:
+            where = f"messages[{m}]"
+            guard = partial(self._literally, literals=literals)
+            return self._calls.turn(message, said, where, self._formats.form, guard) | {"role": role}
+        return {"role": role, "content": said}
+
+    @cached_property
+    def _calls(self) -> CallStyle:
+        """Found out when it is needed first."""
+        return CallStyle.of(self._render, self._takes_tools and not self._tools_in_system)
 
     def _guard(self, message: Message, where: str, literals: dict[str, int]) -> list[str]:
         """The texts of a message with special tokens replaced, also those that neighbouring texts form together."""
@@ -325,6 +354,14 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     found = tokenizer.backend_tokenizer.encode("a")
     own = [k for k, special in enumerate(found.special_tokens_mask) if not special]
     return found.ids[: own[0]], found.ids[own[-1] + 1 :]
+
+
+def _with_tools(conversation: list[dict[str, Any]], tools: list[Any]) -> list[dict[str, Any]]:
+    """A conversation whose system message has the functions in its key ``tools``."""
+    if conversation[0]["role"] != "system":
+        conversation = [{"role": "system", "content": "You are a helpful assistant with some tools."}, *conversation]
+    listed = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    return [{**conversation[0], "tools": listed}, *conversation[1:]]
 
 
 def _plain_tokenizer(tokenizer: Any) -> Any:

@@ -71,6 +71,7 @@ class TransformersPreprocessor(ABC):
             self.control_tokens,
             templates.chosen(settings),
             {modality: self._placeholder(modality) for modality in encoders},
+            (settings.tool_call_parser, settings.reasoning_parser),
         )
         self.frame_sampling = frame_sampling(
             getattr(self.processor, "video_processor", None), settings, self.default_sampling
@@ -269,7 +270,7 @@ class TransformersPreprocessor(ABC):
                 types[start:end] = TOKEN_TYPES[item.modality]
         position_ids, delta = self._positions(ids, types, self.position_arguments(batch, features, grouped))
         extras = self.token_extras(ids, batch, types)
-        return Prepared(ids, position_ids, delta, items, encoder_items, extras, stop)
+        return Prepared(ids, position_ids, delta, items, encoder_items, extras, stop, prompt.written)
 
     def _process(
         self, text: str, media: Sequence[Medium], grouped: Mapping[str, Sequence[Medium]], where: str
