@@ -1,0 +1,152 @@
+"""What the documentation says is so: every code block runs as written, every link leads somewhere, the site builds.
+
+A block that cannot run here stands after ``<!-- not run: reason -->``. The server on port 30000 is one on the built-in
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "docker/README.md",
+    *sorted(p for p in (ROOT / "docs").rglob("*.md") if "site" not in p.parts),
+]
+SHELL = ("bash", "sh")
+SHOWN = ("text", "json", "yaml", "toml", "ebnf", "jsonc", "promql", "jinja")
+_FENCE = re.compile(
+    r"(?P<before>[^\n]*)\n(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<body>.*?)\n(?P=indent)```", re.DOTALL
+)
+_NOT_RUN = re.compile(r"\s*<!-- not run: .{3,} -->")
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+_SERVER = re.compile(r"(localhost|127\.0\.0\.1):30000")
+LIMIT_S = 120
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: Path
+    line: int
+    language: str
+    body: str
+    runs: bool
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = "\n" + page.read_text()
+    for match in _FENCE.finditer(text):
+        body = re.sub(rf"(?m)^{match['indent']}", "", match["body"])
+        line = text.count("\n", 0, match.start("language"))
+        yield Block(page, line, match["language"].strip(), body, not _NOT_RUN.fullmatch(match["before"]))
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def run(command: list[str], text: str, url: str) -> str:
+    """Run a block against the server; its output."""
+    address = url.removeprefix("http://")
+    done = subprocess.run(
+        command,
+        input=_SERVER.sub(address, text),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=LIMIT_S,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TRIPTYCH_URL": url},
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_blocks_name_their_language() -> None:
+    wrong = [f"{block}: {block.language!r}" for block in BLOCKS if block.language not in (*SHELL, *SHOWN, "python")]
+    assert not wrong, "\n".join(wrong)
+    for block in BLOCKS:
+        if block.language == "json":
+            json.loads(block.body)
+        elif block.language == "yaml":
+            list(yaml.safe_load_all(block.body))
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in SHELL and b.runs], ids=str)
+def test_commands(block: Block, documented: Any) -> None:
+    output = run(["bash", "-euo", "pipefail", "-s"], block.body, documented.url)
+    # curl ends well even where the answer is an error
+    assert '{"error":' not in output, output
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=str)
+def test_python(page: Path, documented: Any) -> None:
+    """The Python of a page in one piece: later blocks may use what earlier ones made."""
+    code = "\n\n".join(block.body for block in blocks(page) if block.language == "python" and block.runs)
+    if code:
+        run([sys.executable, "-"], code, documented.url)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    wrong = []
+    for match in _LINK.finditer(text):
+        target = match[1] or match[2]
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            wrong.append(target)
+    assert not wrong, wrong
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    done = subprocess.run(
+        [Path(sys.executable).with_name("mkdocs"), "build", "--strict", "--quiet", "--site-dir", site],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (site / "index.html").is_file()
+    # every page is reached, and readers fetch nothing from elsewhere
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix("")
+        where = site / name / "index.html" if name.name != "index" else site / name.with_suffix(".html")
+        assert where.is_file(), name
+        outside = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', where.read_text())
+        assert not outside, (name, outside)
+
+
+@pytest.fixture(scope="session")
+def documented(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server on the built-in model, as the documentation starts it."""
+    log = tmp_path_factory.mktemp("documented") / "server.log"
+    with start("--port=0", f"--server-log={log}") as served:
+        served.url = served.wait_for("ready: ").split()[1]
+        yield served
