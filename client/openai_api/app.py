@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from triptych.python_models.contract.errors import TriptychError
 
-from . import audio, completions, errors, generative, models, page, responses, system, tokens
+from . import audio, completions, errors, generative, models, page, responses, sglang, system, tokens
 from .chat import chat_completions
 from .documentation import document
 from .drain import Gate
@@ -49,6 +49,7 @@ def create_app(service: Service) -> FastAPI:
 
     app.include_router(completions.router(service))
     app.include_router(tokens.router(service))
+    app.include_router(sglang.router(service))
     app.include_router(responses.router(service))
     app.include_router(audio.router(service))
     app.include_router(generative.router(service))

@@ -71,6 +71,11 @@ class Generation:
         self._reader = asyncio.create_task(self._read(message), name=f"read-{part.id}")
 
     @property
+    def failed(self) -> TriptychError | None:
+        """How the request failed."""
+        return self._error
+
+    @property
     def finished(self) -> bool:
         """Nothing more is read."""
         return self._finished
@@ -200,9 +205,18 @@ class Generations:
         self.members = tuple(members)
         self._offsets = tuple(offsets)
         self._news = news
+        self._begun = False
 
     async def next(self) -> list[Delta]:
-        """As :meth:`Generation.next`, of all of them."""
+        """As :meth:`Generation.next`, of all of them; the first time only once the engine has accepted all."""
+        while not all(member.accepted for member in self.members) and not any(m.failed for m in self.members):
+            await self._news.wait()
+            self._news.clear()
+        if not self._begun:
+            self._begun = True
+            if refused := next(((k, m.failed) for k, m in enumerate(self.members) if m.failed), None):
+                raise _of_prompt(*refused) from None
+            self._news.set()
         while True:
             await self._news.wait()
             self._news.clear()

@@ -57,6 +57,28 @@ def text(value: Any, where: str) -> str:
     return found
 
 
+def item(modality: str, value: Any, where: str, blobs: list[bytes]) -> MediaPart:
+    """A medium that stands alone: a URL, base64, or an object with either in ``url`` beside the medium's options.
+
+    Args:
+        modality: of it.
+        value: as the caller has it.
+        where: the field.
+        blobs: decoded media are appended here.
+
+    Raises:
+        TriptychError: naming the field.
+    """
+    if isinstance(value, Mapping):
+        check.known_keys(value, ("url", *MEDIA_OPTIONS[modality]), where)
+        given = {name: option for name, option in value.items() if name != "url"}
+        options = MediaOptions.from_json(modality, given, where)
+        return replace(item(modality, value.get("url"), f"{where}.url", blobs), options=options)
+    if ":" in check.string(value, where)[:16]:
+        return _from_url(modality, {"url": value}, where, blobs)
+    return _blob(modality, _base64(value, where), where, blobs)
+
+
 def _message(value: Any, where: str, blobs: list[bytes]) -> Message:
     data = check.mapping(value, where)
     check.known_keys(data, ("role", "content", *TURN_FIELDS, *_EMPTY_IN_MESSAGE), where)

@@ -171,10 +171,10 @@ class TextCompletion:
         self._offset[index] = offset
         return {
             "tokens": [_name(item.text, item.data) for item in items],
-            "token_logprobs": [_finite(item.logprob) for item in items],
+            "token_logprobs": [finite(item.logprob) for item in items],
             "top_logprobs": [
-                {_name(text, data): _finite(value) for _, text, value, data in item.top}
-                | {_name(item.text, item.data): _finite(item.logprob)}
+                {_name(text, data): finite(value) for _, text, value, data in item.top}
+                | {_name(item.text, item.data): finite(item.logprob)}
                 for item in items
             ],
             "text_offset": offsets,
@@ -186,10 +186,10 @@ def _name(text: str, data: tuple[int, ...] | None) -> str:
     return text if data is None or "\ufffd" not in text else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def _finite(value: float) -> float:
+def finite(value: float) -> float:
     """JSON has no infinity; this is OpenAI's word for a token that cannot be."""
     return max(value, _IMPOSSIBLE)
 
 
 def _mean(items: Sequence[TokenLogprob]) -> float:
-    return sum(_finite(item.logprob) for item in items) / len(items) if items else 0.0
+    return sum(finite(item.logprob) for item in items) / len(items) if items else 0.0
