@@ -15,6 +15,11 @@ const marked = new Marked({
       // scrolls sideways, so the keyboard must reach it
       return `<div class="code">${head}<pre tabindex="0"><code>${escape(text)}</code></pre></div>`;
     },
+    // below the page's own headings
+    heading({ tokens, depth }) {
+      const level = Math.min(depth + 2, 6);
+      return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>`;
+    },
     // A picture by address would tell its owner that the answer was read, so it is a link.
     image({ href, text }) {
       return `<a href="${escape(href)}">${escape(text || href)}</a>`;
