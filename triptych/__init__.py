@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
     from triptych.python_models.contract.errors import ErrorKind, TriptychError
     from triptych.python_models.contract.sampling import SamplingParams
+    from triptych.python_models.contract.tools import ToolCall
 
     from .engine import Engine
 
@@ -45,6 +46,7 @@ _WHERE = {
     "SamplingParams": "triptych.python_models.contract.sampling",
     "Stream": "triptych.client.calls",
     "TLS": "triptych.client.sdk",
+    "ToolCall": "triptych.python_models.contract.tools",
     "TokenLogprob": "triptych.python_models.contract.delta",
     "TriptychError": "triptych.python_models.contract.errors",
     "Usage": "triptych.python_models.contract.delta",
@@ -65,6 +67,7 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "TokenLogprob",
+    "ToolCall",
     "TriptychError",
     "Usage",
 ]

@@ -109,11 +109,12 @@ class Batch:
         while self._pending and len(self._running) < self._window:
             index = self._pending.popleft()
             try:
-                handle = self._start(self._makers[index](), self._sink(index))
+                call = self._makers[index]()
+                handle = self._start(call, self._sink(index))
             except TriptychError as error:
                 self._fail(index, error)
             else:
-                self._running[index] = handle, Collector()
+                self._running[index] = handle, Collector(call.request.template.tools)
 
     def _sink(self, index: int) -> Sink:
         return lambda item: self._events.put((index, item))
@@ -131,7 +132,7 @@ class Batch:
         elif item is None:
             del self._running[index]
             self._results[index] = collected.result(handle.request_id)
-        elif not item.is_heartbeat:
+        else:
             collected.add(item)
 
     def _fail(self, index: int, error: TriptychError) -> None:

@@ -20,7 +20,6 @@ Prompt = str | Sequence[int]
 _SAMPLING = tuple(f.name for f in fields(SamplingParams))
 _GRAMMARS = ("regex", "ebnf", "json_schema")
 _REQUEST = ("timeout_s", "priority", "cache_salt")
-_TEMPLATE = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
 _MODALITIES = {"images": "image", "videos": "video", "audios": "audio"}
 
 
@@ -64,9 +63,16 @@ class Options(TypedDict, total=False):
 
 
 class ChatOptions(Options, total=False):
-    """What a conversation may have beside: inputs of its chat template."""
+    """What a conversation may have beside.
+
+    See :class:`~triptych.python_models.contract.request.TemplateInputs`; tools are in OpenAI's schema.
+    """
 
     tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None
+    reasoning_effort: str | None
+    separate_reasoning: bool | None
     chat_template_kwargs: Mapping[str, Any] | None
     add_generation_prompt: bool | None
     continue_final_message: bool | None
@@ -76,6 +82,9 @@ class PromptOptions(Options, total=False):
     """What a raw prompt may have beside."""
 
     add_special_tokens: bool | None
+
+
+_TEMPLATE = tuple(ChatOptions.__annotations__.keys() - Options.__annotations__.keys())
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,9 @@ def _call(
 ) -> Call:
     data |= {"sampling": _sampling(options, sampling), "stream": stream}
     data |= {name: options[name] for name in _REQUEST if name in options}
+    grammar = next((name for name in _GRAMMARS if name in options), "grammar")
     names |= {f"sampling.{name}": name for name in _SAMPLING}
+    names |= dict.fromkeys(("sampling.grammar.value", "sampling.grammar", "grammar"), grammar)
     try:
         text = json.dumps(data)
     except (TypeError, ValueError) as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
 
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import TriptychError
+from triptych.python_models.contract.tools import Tool
 
 from .results import Collector, Result
 
@@ -35,15 +36,16 @@ Start = Callable[[Sink], Handle]
 class Stream(Iterator[Delta]):
     """The deltas of one answer. Leaving its ``with`` block, closing or dropping it ends the generation.
 
-    Deltas of several choices (``n``) come mixed, each says which choice it belongs to (``index``).
+    Deltas of several choices (``n``) come mixed, each says which choice it belongs to (``index``). Their text is as the
+    model writes it; :meth:`result` sets reasoning and tool calls apart.
     """
 
-    def __init__(self, start: Start, owner: object) -> None:
+    def __init__(self, start: Start, owner: object, tools: Sequence[Tool] = ()) -> None:
         # an engine or client that is collected ends what runs
         self._owner = owner
         self._done = False
         self._error: TriptychError | None = None
-        self._collected = Collector()
+        self._collected = Collector(tools)
         self._items: queue.SimpleQueue[Item] = queue.SimpleQueue()
         self._handle = start(self._items.put)
 
@@ -63,9 +65,10 @@ class Stream(Iterator[Delta]):
                 raise item
             if item is None:
                 self._done = True
-            elif not item.is_heartbeat:
+            else:
                 self._collected.add(item)
-                return item
+                if not item.is_heartbeat:
+                    return item
         raise StopIteration
 
     def result(self) -> Result:
@@ -101,11 +104,11 @@ class Stream(Iterator[Delta]):
 class AsyncStream(AsyncIterator[Delta]):
     """As :class:`Stream`, for ``async for``. Cancelling the task that waits for it ends the generation too."""
 
-    def __init__(self, start: Start, owner: object) -> None:
+    def __init__(self, start: Start, owner: object, tools: Sequence[Tool] = ()) -> None:
         self._owner = owner
         self._done = False
         self._error: TriptychError | None = None
-        self._collected = Collector()
+        self._collected = Collector(tools)
         items: asyncio.Queue[Item] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -137,9 +140,10 @@ class AsyncStream(AsyncIterator[Delta]):
                 raise item
             if item is None:
                 self._done = True
-            elif not item.is_heartbeat:
+            else:
                 self._collected.add(item)
-                return item
+                if not item.is_heartbeat:
+                    return item
         raise StopAsyncIteration
 
     async def result(self) -> Result:

@@ -109,7 +109,7 @@ class SyncCalls:
         self, messages: Conversation, *, sampling: Sampling | None = None, **options: Unpack[ChatOptions]
     ) -> Stream:
         """As :meth:`chat` for one conversation: its deltas as they come."""
-        return Stream(_starter(self._start, chat_call(messages, dict(options), sampling, stream=True)), self)
+        return self._stream(_chat_maker(messages, options, sampling, stream=True))
 
     @overload
     def generate(
@@ -197,11 +197,15 @@ class SyncCalls:
     ) -> Stream:
         """As :meth:`generate` for one prompt: the deltas as they come."""
         media = {"images": images, "videos": videos, "audios": audios}
-        return Stream(_starter(self._start, prompt_call(prompt, media, dict(options), sampling, stream=True)), self)
+        return self._stream(_prompt_maker(prompt, media, options, sampling, stream=True))
 
     def _one(self, make: Make) -> Result:
-        with Stream(_starter(self._start, make()), self) as stream:
+        with self._stream(make) as stream:
             return stream.result()
+
+    def _stream(self, make: Make) -> Stream:
+        call = make()
+        return Stream(_starter(self._start, call), self, call.request.template.tools)
 
     def _batch(self, makers: list[Make], progress: bool | None) -> Batch:
         return Batch(_renaming(self._start), makers, self._window, progress)
@@ -350,7 +354,7 @@ class AsyncCalls:
     async def _stream(self, make: Make) -> AsyncStream:
         # files are read and pictures encoded there
         call = await asyncio.to_thread(make)
-        return AsyncStream(_starter(self._start, call), self)
+        return AsyncStream(_starter(self._start, call), self, call.request.template.tools)
 
     async def _one(self, make: Make) -> Result:
         async with await self._stream(make) as stream:

@@ -338,7 +338,7 @@ def _unfinished() -> TriptychError:
 
 
 def _channel(target: str, tls: TLS | None) -> grpc.Channel:
-    options = [*wire.CHANNEL_OPTIONS, *_RECONNECT]
+    options: list[tuple[str, int | str]] = [*wire.CHANNEL_OPTIONS, *_RECONNECT]
     if tls is None:
         return grpc.insecure_channel(target, options=options)
     credentials = grpc.ssl_channel_credentials(
