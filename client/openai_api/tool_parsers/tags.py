@@ -80,12 +80,16 @@ def _argument(cursor: Cursor, schema: Mapping[str, Any], key: str, count: int, e
     properties = schema.get("properties")
     own = properties.get(key) if isinstance(properties, Mapping) else None
     types = types_of(own)
-    if types == {"string"}:
+    # what a grammar holds to one of a few texts may have white space around it
+    exact = isinstance(own, Mapping) and not own.keys().isdisjoint(("enum", "const", "pattern", "format"))
+    if types == {"string"} and not exact:
         return (yield from cursor.pass_string(end, trim))
     raw = yield from cursor.within(end)
     if raw is None:
         cursor.pass_rest()
         return False
+    if exact:
+        raw = raw.strip()
     cursor.arguments(value_of(raw.removeprefix("\n").removesuffix("\n") if trim else raw, types))
     return True
 
