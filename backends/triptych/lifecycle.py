@@ -133,6 +133,8 @@ class HostedStage:
         try:
             if request.is_cancelled():
                 raise TriptychError(ErrorKind.CANCELLED, "the request was cancelled before this stage began")
+            if self._spec.error_output:
+                responder.outputs = frozenset(request.requested_output_names())
             inputs = read_inputs(request, self._spec)
             if FLUSH.name in inputs:
                 self._stage.flush(responder)

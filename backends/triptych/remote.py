@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2_grpc as rpc
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.settings import Settings
-from triptych.python_models.contract.tensors import CANCEL
+from triptych.python_models.contract.tensors import CANCEL, STAGES
 from triptych.python_models.stage import Responder, Stage, Telemetry
 
 _LOG = logging.getLogger(__name__)
@@ -99,6 +99,11 @@ class RemoteEncoderStage(Stage):
             responder.send({}, final=True)
             return
         message = pb.ModelInferRequest(model_name=self.name, id=request_id)
+        # without the one that only those ask for who want errors as errors of the call
+        spec = STAGES[self.name]
+        for output in spec.outputs:
+            if output.name != spec.alone:
+                message.outputs.add(name=output.name)
         tensor = message.inputs.add(name=self._input, datatype="UINT8")
         tensor.shape.append(len(features))
         message.raw_input_contents.append(np.ascontiguousarray(features).tobytes())

@@ -165,6 +165,8 @@ class Sender:
                         return
                 else:
                     tensors = content.to_tensors()
+                if tensors is not None and responder.outputs is not None:
+                    tensors = {name: value for name, value in tensors.items() if name in responder.outputs}
                 if tensors is not None:
                     response = pb_utils.InferenceResponse(make_outputs(tensors, self._spec, self._dtypes))
             except TriptychError as error:
@@ -192,7 +194,11 @@ class Sender:
 
     def _error(self, error: TriptychError, responder: TritonResponder) -> Any:
         error.stage = error.stage or self._spec.name
-        if name := self._spec.error_output:
+        # a failure that arrived from another stage was told there
+        if error.kind in _FAULTS and error.stage == self._spec.name:
+            _LOG.error("%s", logs.failure(error, self._spec.name), extra=logs.about(responder.request_id))
+        name, wanted = self._spec.error_output, responder.outputs
+        if name and (wanted is None or (name in wanted and self._spec.alone not in wanted)):
             return pb_utils.InferenceResponse(make_outputs({name: [error.to_wire()]}, self._spec, self._dtypes))
         code = getattr(pb_utils.TritonError, error.kind.triton_code)
         return pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), code))
@@ -210,6 +216,7 @@ class TritonResponder:
         request_id: for what the log tells of it.
         ended: whether the final response has left; only the sender thread uses it.
         renderer: what makes tensors of deltas, where it is not their own way.
+        outputs: those asked for, where that makes a difference (``StageSpec.alone``); None: all that is sent.
         waiting: what is to be sent, in order; as all that follows, guarded by the sender's lock.
         final: the final response has been put; it is the last of ``waiting``, or has left.
         has_spoken: it has put a token.
@@ -222,6 +229,7 @@ class TritonResponder:
         self.wire = wire
         self.request_id = request_id
         self.ended = False
+        self.outputs: frozenset[str] | None = None
         self.renderer: Callable[[Delta], Mapping[str, Any] | None] | None = None
         self.waiting: list[_Content | _Deltas] = []
         self.final = False

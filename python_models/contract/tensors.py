@@ -38,7 +38,9 @@ class StageSpec:
     Attributes:
         error_output: the output by which errors leave instead of as errors. Steps of an ensemble that run side by
             side need it: up to release 26.02 the server never ends (and never frees) an ensemble request of which
-            one step fails while another still runs.
+            one step fails while another still runs. Who asks for ``alone`` gets errors as errors.
+        alone: an output that no ensemble asks for, so that a request which does (as every one that names no outputs)
+            was sent to the stage itself.
         error_inputs: the inputs by which such errors arrive; one that is present ends the request with it.
         needs: inputs of which a request (that is no control request) must have exactly one.
         parameters_with: a request that has this input comes with the request's own parameters too, as JSON text under
@@ -52,6 +54,7 @@ class StageSpec:
     uses_gpu: bool = False
     help: str = ""
     error_output: str = ""
+    alone: str = ""
     error_inputs: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     parameters_with: str = ""
@@ -114,6 +117,9 @@ VISION_ERROR = TensorSpec(
 )
 AUDIO_ERROR = TensorSpec("audio_error", STRING, (1,), True, help="why there are no embeddings (TriptychError.to_wire)")
 
+VISION_ROWS = TensorSpec("vision_rows", INT32, (-1,), True, help="rows of each picture and video; never in ensembles")
+AUDIO_ROWS = TensorSpec("audio_rows", INT32, (-1,), True, help="rows of each sound; never in ensembles")
+
 TEXT = TensorSpec("text", STRING, (1,), True, help="of the tokens in detokenize, special ones included")
 TOKEN_STRINGS = TensorSpec("token_strings", STRING, (-1,), True, help="the vocabulary's spelling of each of them")
 ABOUT = TensorSpec(
@@ -149,18 +155,20 @@ PREPROCESS = StageSpec(
 VISION_ENCODER = StageSpec(
     "vision_encoder",
     (VISION_FEATURES, FLUSH, CANCEL),
-    (VISION_EMBEDDINGS, VISION_RUNS, VISION_ERROR),
+    (VISION_EMBEDDINGS, VISION_RUNS, VISION_ROWS, VISION_ERROR),
     uses_gpu=True,
     help="pictures and video frames",
     error_output=VISION_ERROR.name,
+    alone=VISION_ROWS.name,
 )
 AUDIO_ENCODER = StageSpec(
     "audio_encoder",
     (AUDIO_FEATURES, FLUSH, CANCEL),
-    (AUDIO_EMBEDDINGS, AUDIO_ERROR),
+    (AUDIO_EMBEDDINGS, AUDIO_ROWS, AUDIO_ERROR),
     uses_gpu=True,
     help="sounds",
     error_output=AUDIO_ERROR.name,
+    alone=AUDIO_ROWS.name,
 )
 LANGUAGE_MODEL = StageSpec(
     "language_model",
@@ -224,7 +232,8 @@ CHAT_TEXT = EnsembleSpec(
 )
 GENERATE = EnsembleSpec(
     "generate",
-    tuple(replace(spec, optional=spec.name != "text_input") for spec in GENERATE_INPUTS),
+    # none required: where another one is there, the server answers a request without it by nothing at all
+    GENERATE_INPUTS,
     # the vLLM backend has its finish reasons in one array under a name in the singular
     tuple(replace(spec, name="finish_reason") if spec.name == "finish_reasons" else spec for spec in GENERATED),
     (

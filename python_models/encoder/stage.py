@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -193,7 +193,7 @@ class EncoderStage(Stage):
             if not job.items:
                 raise invalid("the packed features hold no item", self._input)
         except TriptychError as error:
-            self._fail(job, error)
+            self._fail(job, replace(error, message=f"{self._input}: {error.message}", param=self._input))
         job.features = None
 
     def _batch(self) -> list[_Job]:
@@ -302,7 +302,8 @@ class EncoderStage(Stage):
             outputs = [rows.cpu() for rows in outputs]
         for job, rows in zip(ready, outputs, strict=True):
             if self._finish(job, "ok"):
-                answer: dict[str, Any] = {self._output: rows.contiguous()}
+                each = np.array([item.num_rows for item in job.items], np.int32)
+                answer: dict[str, Any] = {self._output: rows.contiguous(), f"{self.encoder_name}_rows": each}
                 pruned = [found.runs for item in job.items if isinstance(found := known[item.digest], PrunedRows)]
                 if pruned:
                     answer[f"{self.encoder_name}_runs"] = np.concatenate(pruned).astype(np.int32)
