@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Delta:
         index: choice number, below ``n`` of the sampling parameters.
         timings: on the last delta of a request.
         syntax: on the first delta, of all choices, where they may hold calls or reasoning.
+        embedding: on the only delta but heartbeats of a request for one: float32 [H], little-endian, of length 1.
     """
 
     text: str = ""
@@ -77,6 +79,7 @@ class Delta:
     index: int = 0
     timings: Timings | None = None
     syntax: Syntax | None = None
+    embedding: bytes = b""
 
     @property
     def is_heartbeat(self) -> bool:
@@ -108,6 +111,8 @@ class Delta:
             info["logprobs"] = [vars(item) for item in self.logprobs]
         if self.timings is not None:
             info["timings"] = self.timings.to_json()
+        if self.embedding:
+            info["embedding"] = base64.b64encode(self.embedding).decode()
         return json.dumps(info)
 
     @classmethod
@@ -136,6 +141,7 @@ class Delta:
             index=int(tensors["index"][0]),
             timings=Timings.from_json(info["timings"]) if "timings" in info else None,
             syntax=Syntax(**info["syntax"]) if "syntax" in info else None,
+            embedding=base64.b64decode(info.get("embedding", "")),
         )
 
 
@@ -159,6 +165,7 @@ def merge(first: Delta, second: Delta) -> Delta:
         first.index,
         second.timings,
         first.syntax,
+        second.embedding,
     )
 
 

@@ -73,7 +73,7 @@ class Plan:
         sampling: validated sampling parameters.
         rope_delta: position of generated token number k is ``len(input_ids) + rope_delta + k`` (mrope; 0 otherwise);
             see ``Decoder.position_step`` for positions that are fractions.
-        stream, lease_s, timeout_s, priority, cache_salt: see
+        stream, lease_s, timeout_s, priority, cache_salt, heartbeats, embed: see
             :class:`~triptych.python_models.contract.request.ChatRequest`.
         extras: what single families need to know of tokens beside: name -> an integer for each prompt token, or one
             for all (see ``Decoder.token_extras``).
@@ -91,6 +91,8 @@ class Plan:
     timeout_s: float | None = None
     priority: int = 0
     cache_salt: str = ""
+    heartbeats: bool = True
+    embed: bool = False
     extras: dict[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     times: PreprocessTimes | None = None

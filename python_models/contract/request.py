@@ -50,7 +50,7 @@ _CHAT_FIELDS = (
     *("chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
 )
 _FIELDS = ("messages", "prompt", "sampling", "stream", *_CHAT_FIELDS)
-_OPTIONAL = {"lease_s": None, "timeout_s": None, "priority": 0, "cache_salt": ""}
+_OPTIONAL = {"lease_s": None, "timeout_s": None, "priority": 0, "cache_salt": "", "heartbeats": True, "embed": False}
 
 
 @dataclass(frozen=True)
@@ -243,9 +243,12 @@ class ChatRequest:
         timeout_s: end the request after this many seconds in any case; None: the server's limit.
         priority: waiting requests with a higher one are admitted first, and lose their KV blocks last.
         cache_salt: requests share the prefix cache only with those of the same salt.
+        heartbeats: send a delta on acceptance, and others that say nothing while nothing else is sent. Without them and
+            without ``stream`` there is one response for each choice.
         template: fields ``tools``, ``tool_choice``, ``parallel_tool_calls``, ``reasoning_effort``,
             ``separate_reasoning``, ``chat_template_kwargs``, ``add_generation_prompt``, ``continue_final_message``.
         prompt: in place of messages.
+        embed: give an embedding of all of it, the decoder's last hidden state, instead of an answer; no sampling.
     """
 
     messages: tuple[Message, ...]
@@ -255,8 +258,10 @@ class ChatRequest:
     timeout_s: float | None = None
     priority: int = 0
     cache_salt: str = ""
+    heartbeats: bool = True
     template: TemplateInputs = field(default_factory=TemplateInputs)
     prompt: RawPrompt | None = None
+    embed: bool = False
 
     @property
     def content(self) -> tuple[Message, ...] | RawPrompt:
@@ -309,9 +314,13 @@ class ChatRequest:
             timeout_s=_optional_seconds(data.get("timeout_s"), "timeout_s"),
             priority=priority(data.get("priority", 0)),
             cache_salt=cache_salt(data.get("cache_salt", "")),
+            heartbeats=check.boolean(data.get("heartbeats", True), "heartbeats"),
             template=_template(data, messages),
             prompt=prompt,
+            embed=check.boolean(data.get("embed", False), "embed"),
         )
+        if request.embed and data.get("sampling"):
+            raise invalid("sampling is not allowed with embed, which generates nothing", "sampling")
         for where, part in request.media():
             if part.blob is not None and part.blob >= num_blobs:
                 raise invalid(f"{where}.blob is {part.blob} but the request has {num_blobs} media blobs", where)

@@ -109,6 +109,8 @@ class LanguageModelStage(Stage):
                 self.telemetry.add("triptych_embedding_bytes_total", rows.nbytes, device=rows.device.type)
             if plan.form is not None:
                 responder.render(Renderer(plan.form))
+            elif not plan.heartbeats:
+                responder.render(lambda delta: None if delta.is_heartbeat else delta.to_tensors())
             submission = Submission(
                 request_id,
                 prompt,
@@ -121,6 +123,7 @@ class LanguageModelStage(Stage):
                 plan.cache_salt,
                 plan.times,
                 plan.syntax,
+                plan.embed,
             )
             self.engine.submit(submission)
         except TriptychError as error:

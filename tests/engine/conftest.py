@@ -524,12 +524,13 @@ class Tiny:
         tensors: Mapping[str, Any] | None = None,
         extras: dict[str, Any] | None = None,
         stream: bool = True,
+        embed: bool = False,
         **sampling: Any,
     ) -> Recorder:
         """Submit a prompt as the server would."""
         recorder = recorder or Recorder()
         sampling.setdefault("temperature", 0)
-        plan = Plan(items, SamplingParams(**sampling), rope_delta, stream, extras=extras or {})
+        plan = Plan(items, SamplingParams(**sampling), rope_delta, stream, embed=embed, extras=extras or {})
         axes = self.decoder.num_axes
         default = np.broadcast_to(np.arange(len(prompt), dtype=np.int32), (axes, len(prompt)))
         inputs = {

@@ -33,6 +33,7 @@ class Submission:
         cache_salt: it shares the prefix cache only with requests of the same.
         before: when the stage that made the prompt did what.
         syntax: what the answer is written in.
+        embed: the hidden state of the prompt's last token is wanted instead of an answer.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class Submission:
     cache_salt: str = ""
     before: PreprocessTimes | None = None
     syntax: Syntax | None = None
+    embed: bool = False
 
 
 class Admission:
@@ -63,7 +65,7 @@ class Admission:
             TriptychError: CONTEXT_LENGTH_EXCEEDED, INVALID_REQUEST or TOO_LARGE.
         """
         config, params, prompt = self._config, submission.sampling, submission.prompt
-        max_tokens = config.max_tokens(len(prompt), params.max_tokens)
+        max_tokens = config.max_tokens(len(prompt), 1 if submission.embed else params.max_tokens)
         for start, end in prompt.spans:
             config.check_span(end - start)
         vocab_size = self._vocab_size
@@ -116,6 +118,7 @@ class Admission:
                 cacheable=shared,
                 sampler=sampler,
                 choice=self._delivery.choice(answer),
+                embed=submission.embed,
             )
             guesses = config.speculative_tokens if params.speculative_tokens is None else params.speculative_tokens
             if guesses and config.saved_states is not None:
@@ -125,7 +128,7 @@ class Admission:
                     "taken back from a wrong guess; it must be 0",
                     "speculative_tokens",
                 )
-            if guesses and params.grammar is None and not sampler.needs_history:
+            if guesses and params.grammar is None and not submission.embed and not sampler.needs_history:
                 request.speculative_tokens = guesses
                 request.speculation = PromptLookup(prompt.token_ids.tolist(), guesses, vocab_size)
             if shared:

@@ -26,7 +26,7 @@ class BatchLog:
     def add(self, works: Sequence[Work]) -> None:
         """Count a step; decodes come first in it."""
         decodes = len(works)
-        while decodes and works[decodes - 1].count > 1 + len(works[decodes - 1].drafts):
+        while decodes and _is_prefill(works[decodes - 1]):
             decodes -= 1
         for work in works[decodes:]:
             self._prompt_tokens += work.count
@@ -65,3 +65,8 @@ class BatchLog:
             )
         self._since = now
         self._prompts = self._prompt_tokens = self._cached_tokens = self._decoded = self._decoding = 0
+
+
+def _is_prefill(work: Work) -> bool:
+    """Whether it computes prompt tokens (of one that is cached there may be a single one), or anew what was lost."""
+    return work.start < work.request.num_prompt or work.count > 1 + len(work.drafts)

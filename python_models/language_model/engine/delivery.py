@@ -143,6 +143,8 @@ class Delivery:
             ValueError: a token does not fit the request's grammar.
         """
         answer = choice.answer
+        if request.embed:
+            return self._embedding(request, choice, now)
         ids: list[int] = []
         text = finish = ""
         matched: str | int | None = None
@@ -170,6 +172,21 @@ class Delivery:
         whole = tuple(request.output_ids[: choice.num_output])
         known = tuple(choice.logprobs)
         return Delta("".join(choice.text), whole, known, finish, matched, answer.usage(), request.index, timings)
+
+    def _embedding(self, request: Request, choice: Choice, now: float) -> Delta:
+        """The whole answer of a request for an embedding."""
+        assert request.hidden is not None
+        vector = request.hidden.float()
+        vector = vector / vector.norm()
+        choice.ended = True
+        self._measure(request, choice, 0, "stop", now)
+        answer = choice.answer
+        return Delta(
+            finish_reason="stop",
+            usage=answer.usage(),
+            timings=answer.timings(now),
+            embedding=vector.cpu().numpy().tobytes(),
+        )
 
     def flush(self) -> None:
         """Report what was counted since the last time."""

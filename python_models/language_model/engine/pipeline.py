@@ -113,7 +113,7 @@ class Pipeline:
             return plan
         step = Step(plan.work, began)
         try:
-            logits = self._runner.forward([work.slice() for work in step.work])
+            logits = self._forward(step.work)
             live = step.work
             if previous is not None and any(w.num_logits and w.request.sampler.needs_history for w in step.work):
                 finished, previous = previous, None
@@ -143,6 +143,13 @@ class Pipeline:
         if step.pending is not None or any(not work.request.done for work in step.work):
             self.flight = step
         return plan
+
+    def _forward(self, works: Sequence[Work]) -> torch.Tensor:
+        logits = self._runner.forward([work.slice() for work in works])
+        if embedding := [work.request for work in works if work.embeds]:
+            for request, hidden in zip(embedding, self._runner.hidden, strict=True):
+                request.hidden = hidden
+        return logits
 
     def _sample(self, works: Sequence[Work], logits: torch.Tensor) -> Pending | None:
         rows = []
@@ -199,7 +206,7 @@ class Pipeline:
             try:
                 for part in scheduler.replay(work):
                     self._runner.forward([part])
-                pending = self._sample([work], self._runner.forward([work.slice()]))
+                pending = self._sample([work], self._forward([work]))
                 sampled = pending.result() if pending is not None else []
             except Exception as error:
                 if device_lost(error):

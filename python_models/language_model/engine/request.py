@@ -118,6 +118,11 @@ class Work:
         """Whether the request still holds the blocks that this was computed in."""
         return self.seating == self.request.seating
 
+    @property
+    def embeds(self) -> bool:
+        """Whether it ends the prompt of a request for an embedding."""
+        return self.request.embed and self.num_logits > 0
+
     def undo(self) -> None:
         """As if this work, the request's latest, had never been planned."""
         request = self.request
@@ -129,7 +134,9 @@ class Work:
     def slice(self) -> Slice:
         """The tensors of this work."""
         part = self.request.part(self.start, self.count, self.num_logits, self.drafts, self.late)
-        return replace(part, load=self.load, saves=self.saves) if self.saves or self.load >= 0 else part
+        if not (self.saves or self.load >= 0 or self.embeds):
+            return part
+        return replace(part, load=self.load, saves=self.saves, embed=self.embeds)
 
 
 @dataclass(eq=False, slots=True)
@@ -159,6 +166,10 @@ class Request:
     choice: Choice | None = None
     speculation: PromptLookup | None = None
     speculative_tokens: int = 0
+    embed: bool = False
+    """It is no answer that is wanted but the hidden state of the prompt's last token."""
+    hidden: torch.Tensor | None = None
+    """That state, [H] on the device, once a step that computes it is queued."""
 
     number: int = 0
     num_prompt: int = 0

@@ -90,14 +90,15 @@ class GraphRunner:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def serves(self, host: HostBatch) -> bool:
-        """Whether this step can be replayed: few tokens, no media to put in or to look at, nothing bidirectional.
+        """Whether this step can be replayed: few tokens, no media to put in or to look at, nothing bidirectional,
+        nothing wanted but logits.
 
         Slices of several tokens (guesses to verify, ends of prompts) run as that many rows, which all read the
         request's keys and values.
         """
         if host.num_tokens > self._sizes[-1] or host.media_places is not None or host.spans is not None:
             return False
-        if any(part.cross is not None for part in host.slices):
+        if any(part.cross is not None for part in host.slices) or host.embeds:
             return False
         again = (host.lengths - 1) * host.contexts
         return bool(host.lengths.max() <= _LONGEST_SLICE and again.sum() <= _READ_AGAIN)

@@ -41,6 +41,7 @@ class HostBatch:
         media_places: int64 [n], tokens that are media.
         media_rows: [n_i, H * (1 + k)] of each part.
         slices: what it was made of.
+        embeds: of ``logit_rows``, the indices of those whose hidden states are wanted too.
     """
 
     matrix: Array
@@ -56,6 +57,7 @@ class HostBatch:
     media_places: Array | None
     media_rows: list[torch.Tensor]
     slices: Sequence[Slice] = ()
+    embeds: Sequence[int] = ()
 
     @property
     def tokens(self) -> Array:
@@ -202,6 +204,7 @@ class StepInputs:
             media_places=places_of_media,
             media_rows=rows_of_media,
             slices=ordered,
+            embeds=_embeds(slices),
         )
 
     def upload(self, host: HostBatch) -> Batch:
@@ -328,6 +331,14 @@ def _logit_rows(slices: Sequence[Slice], ends: Array, order: Array | None) -> Ar
     firsts = np.repeat(ends - counts.cumsum(), counts)
     rows: Array = firsts + np.arange(len(firsts))
     return rows
+
+
+def _embeds(slices: Sequence[Slice]) -> list[int]:
+    """Indices among the logits, in the order given, of the last tokens of slices that ask for hidden states."""
+    if not any(part.embed for part in slices):
+        return []
+    lasts = np.cumsum([part.num_logits for part in slices]) - 1
+    return [int(last) for last, part in zip(lasts, slices, strict=True) if part.embed]
 
 
 def _media(slices: Sequence[Slice], offsets: Array) -> tuple[Array | None, list[torch.Tensor]]:

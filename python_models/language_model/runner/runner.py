@@ -82,6 +82,7 @@ class DecoderRunner:
         self._inputs: StepInputs | None = None
         self._graphs: GraphRunner | None = None
         self._last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._hidden: torch.Tensor | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -102,6 +103,13 @@ class DecoderRunner:
     def last_tokens(self) -> torch.Tensor:
         """See :class:`~.step.Runner`."""
         return self._last_tokens
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """See :class:`~.step.Runner`."""
+        if self._hidden is None:
+            raise RuntimeError("no slice of the newest step asked for its hidden state")
+        return self._hidden
 
     @property
     def bytes_per_token(self) -> tuple[int, ...]:
@@ -221,6 +229,7 @@ class DecoderRunner:
             if not len(batch.logit_rows):
                 return self._example[:0]
             hidden = hidden.index_select(0, batch.logit_rows)
+        self._hidden = hidden[batch.host.embeds] if batch.host.embeds else None
         return executor.logits(hidden)
 
     def _rehearse(self, cache: KVCache, inputs: StepInputs, longest: int) -> None:

@@ -61,6 +61,7 @@ class Slice:
         load: saved state of recurrent layers that the request begins with, in its first slice behind a prefix that
             is not computed again; else -1: with the state in its slot, or with none where start is 0.
         saves: (tokens of the slice, number): the states after that many tokens are saved there; ascending.
+        embed: the last token's hidden state is wanted too, see :attr:`Runner.hidden`.
     """
 
     token_ids: NDArray[np.int64]
@@ -75,6 +76,7 @@ class Slice:
     cross: CrossMedia | None = None
     load: int = -1
     saves: tuple[tuple[int, int], ...] = ()
+    embed: bool = False
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
@@ -94,6 +96,13 @@ class Runner(Protocol):
     @property
     def last_tokens(self) -> torch.Tensor:
         """int64 [slots] on the device: the newest sampled token of each slot; the sampler writes it."""
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """[E, H]: of the newest `forward`, hidden states after the final norm, one for each slice with ``embed``.
+
+        They stay as they are when `forward` is called again.
+        """
 
     def forward(self, slices: Sequence[Slice]) -> torch.Tensor:
         """Compute all slices; logits [sum of num_logits, V] in their order.

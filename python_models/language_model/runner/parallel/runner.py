@@ -135,6 +135,11 @@ class ParallelRunner:
         self._watch.send(json_frame(Kind.CALL, call))
         self._local.scrub(group, blocks)
 
+    @property
+    def hidden(self) -> torch.Tensor:
+        """See :class:`~..step.Runner`."""
+        return self._local.hidden
+
     def forward(self, slices: Sequence[Slice]) -> torch.Tensor:
         """See :class:`~..step.Runner`.
 

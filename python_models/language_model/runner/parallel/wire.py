@@ -21,7 +21,7 @@ from ..step import MediaRows, Slice
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FRAME = struct.Struct("<QQ")
-_FIELDS = 7
+_FIELDS = 8
 _COUNTS = 7
 
 
@@ -100,6 +100,7 @@ def pack(step: int, slices: Sequence[Slice]) -> bytes:
             piece.num_logits,
             len(piece.media),
             len(piece.spans),
+            piece.embed,
         )
         for piece in slices
     ]
@@ -144,7 +145,7 @@ def unpack(body: bytearray, receive: Callable[[tuple[int, int], torch.dtype], to
     spans = iter([(start, end) for start, end in bounds])
     slices = []
     offset = 0
-    for length, start, slot, first, num_logits, own_media, own_spans in about:
+    for length, start, slot, first, num_logits, own_media, own_spans, embed in about:
         slices.append(
             Slice(
                 token_ids=tokens[offset : offset + length],
@@ -156,6 +157,7 @@ def unpack(body: bytearray, receive: Callable[[tuple[int, int], torch.dtype], to
                 media=tuple(next(media) for _ in range(own_media)),
                 spans=tuple(next(spans) for _ in range(own_spans)),
                 num_logits=num_logits,
+                embed=bool(embed),
             )
         )
         offset += length
