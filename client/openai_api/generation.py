@@ -209,14 +209,8 @@ class Generations:
 
     async def next(self) -> list[Delta]:
         """As :meth:`Generation.next`, of all of them; the first time only once the engine has accepted all."""
-        while not all(member.accepted for member in self.members) and not any(m.failed for m in self.members):
-            await self._news.wait()
-            self._news.clear()
         if not self._begun:
-            self._begun = True
-            if refused := next(((k, m.failed) for k, m in enumerate(self.members) if m.failed), None):
-                raise _of_prompt(*refused) from None
-            self._news.set()
+            await self._begin()
         while True:
             await self._news.wait()
             self._news.clear()
@@ -231,6 +225,19 @@ class Generations:
                     self._news.set()
             if found:
                 return found
+
+    async def _begin(self) -> None:
+        """Wait until each is accepted, or has ended without; raises how the first one failed."""
+        while True:
+            for place, member in enumerate(self.members):
+                if member.failed is not None:
+                    raise _of_prompt(place, member.failed)
+            if all(member.accepted or member.finished for member in self.members):
+                break
+            await self._news.wait()
+            self._news.clear()
+        self._begun = True
+        self._news.set()
 
     async def cancel(self, error: TriptychError | None = None) -> None:
         """As :meth:`Generation.cancel`, of all of them."""

@@ -38,8 +38,9 @@ class Writer(Protocol):
     Deltas are numbered over all choices: those of the second prompt follow those of the first.
     """
 
-    n: int
-    """Choices of all prompts together."""
+    @property
+    def n(self) -> int:
+        """Choices of all prompts together."""
 
     def first_chunks(self) -> bytes:
         """What a stream begins with."""

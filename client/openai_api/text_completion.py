@@ -91,7 +91,7 @@ class TextCompletion:
             if delta.usage is not None:
                 self._count(delta)
             put(whole, delta)
-        choices = []
+        choices: list[dict[str, Any]] = []
         for prompt in range(self.prompts):
             own = [whole[prompt * self.generated + k] for k in range(self.generated)]
             if self.keep < self.generated:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -125,8 +125,9 @@ def parse(body: bytes, served_model_name: str) -> TokenizeCall:
         if data.get("add_special_tokens") is not None:
             only(False)(data["add_special_tokens"], "add_special_tokens")
         own = {name: data[name] for name in _CHAT if name in data}
-        chat = parse_fields({**own, "model": data.get("model") or served_model_name}, served_model_name, 0)
-        return TokenizeCall(chat.request, chat.media, strings)
+        # nothing runs that a lease could end
+        chat = parse_fields({**own, "model": data.get("model") or served_model_name}, served_model_name, 1)
+        return TokenizeCall(replace(chat.request, lease_s=None), chat.media, strings)
     _check_model(data, served_model_name)
     for name in _CHAT:
         if data.get(name) is not None:

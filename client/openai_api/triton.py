@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -33,7 +33,7 @@ class Triton:
         self._stub = rpc.GRPCInferenceServiceStub(self._channel)
         self._management = ((f"triton-grpc-protocol-{MANAGEMENT_HEADER}", management_key),) if management_key else ()
 
-    async def infer(self, message: Any, headers: Mapping[str, str] | None = None) -> AsyncIterator[Any]:
+    async def infer(self, message: Any, headers: Mapping[str, str] | None = None) -> AsyncGenerator[Any, None]:
         """Send one request on a stream of its own; its ``ModelInferResponse`` messages in order.
 
         A stream per request: an error ends no other request, and the end of the stream is the end of the request.

@@ -92,6 +92,20 @@ def test_refusals_name_the_field(change: dict[str, Any], param: str) -> None:
     assert caught.value.kind.status == 400
 
 
+def test_every_field_of_the_openai_package_is_known() -> None:
+    import typing
+
+    from openai.types.completion_create_params import CompletionCreateParamsStreaming
+
+    fields = set(typing.get_type_hints(CompletionCreateParamsStreaming))
+    assert len(fields) > 10
+    for field in fields - {"model", "prompt"}:
+        with pytest.raises(TriptychError) as caught:
+            checked(**{field: {"no": "such"}})
+        # it is the value that is refused
+        assert f"unknown field {field!r}" not in str(caught.value)
+
+
 def writer(**change: Any) -> TextCompletion:
     given: dict[str, Any] = {
         "prompts": 1,

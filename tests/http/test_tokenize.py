@@ -40,7 +40,9 @@ def test_a_prompt_and_back(server: Any, tokenizer: Any) -> None:
 
 def test_a_chat_with_media_is_what_is_generated_from(server: Any, parts: Any) -> None:
     messages = [{"role": "user", "content": [parts.image(1), parts.audio(2), parts.text("<|im_end|>?")]}]
-    found = post(server, "/tokenize", {"messages": messages}).json()
+    asked = post(server, "/tokenize", {"messages": messages})
+    assert asked.status_code == 200, asked.text
+    found = asked.json()
     answer = server.ask(messages=messages).json()
     assert found["count"] == len(found["tokens"]) == answer["usage"]["prompt_tokens"]
     open_end = post(server, "/tokenize", {"messages": messages, "add_generation_prompt": False}).json()
