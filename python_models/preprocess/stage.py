@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -402,19 +402,26 @@ def _read(inputs: Mapping[str, Any]) -> tuple[ChatRequest, Sequence[bytes], Form
 
 def _tensors(request: ChatRequest, form: Form | None, prepared: Prepared, times: PreprocessTimes) -> dict[str, Any]:
     """The output tensors of contract/tensors.py; an encoder with nothing to do gets none."""
+    sampling, syntax = request.sampling, None
+    if (written := prepared.written) is not None:
+        sampling = replace(sampling, grammar=written.constrain(request.template, sampling.grammar))
+        syntax = written.syntax if written.syntax.tools or written.syntax.reasoning else None
     plan = Plan(
         items=prepared.items,
-        sampling=request.sampling,
+        sampling=sampling,
         rope_delta=prepared.rope_delta,
         stream=request.stream,
         lease_s=request.lease_s,
         timeout_s=request.timeout_s,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        heartbeats=request.heartbeats,
+        embed=request.embed,
         extras=prepared.extras,
         stop=prepared.stop,
         times=times,
         form=form,
+        syntax=syntax,
     )
     tensors: dict[str, Any] = {
         "input_ids": np.ascontiguousarray(prepared.input_ids, dtype=np.int32),
