@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo serve test parity test-gpu lint format check repository models clean
+.PHONY: help demo serve clients test parity test-gpu lint format check repository models metrics clean
 help:                 ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -50,6 +50,10 @@ repository: $(INSTALLED)  ## write model_repository/ anew from the contract
 
 models: $(INSTALLED)  ## write docs/models.md anew from the registry and docs/parity.json
 	@$(BIN)/python docs/models_table.py
+
+metrics: $(INSTALLED) ## write docs/metrics.md and the dashboards anew from the code
+	@$(BIN)/python docs/metrics_table.py
+	@$(BIN)/python docker/grafana/dashboards.py
 
 clean:                ## remove the environment and all caches
 	@rm -rf $(VENV) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

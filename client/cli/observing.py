@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def set_up_logs(settings: Settings) -> None:
     """The lines of this process as the settings want them."""
-    logs.configure("shim", settings.log_level, settings.log_format)
+    from triptych.client.openai_api.observation import RequestIdFilter
+
+    logs.configure("endpoint", settings.log_level, settings.log_format).addFilter(RequestIdFilter())
 
 
 def traces_endpoint(args: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> str:

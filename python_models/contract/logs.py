@@ -52,7 +52,7 @@ def configure(source: str, level: str, form: str, stream: TextIO | None = None) 
     """Send all log lines of this process to a stream, in place of where they went before.
 
     Args:
-        source: what speaks: "shim", or a stage's name.
+        source: what speaks: "endpoint", or a stage's name.
         level: of :data:`LEVELS`, the least that is said.
         form: of :data:`FORMATS`.
         stream: standard error by default.
