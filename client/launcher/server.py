@@ -183,9 +183,7 @@ class TritonServer:
         if self.management_key and not hide(self.management_key, self.pid):
             progress("the management key cannot be hidden: whoever lists this machine's processes can read it")
         progress(f"tritonserver is up (pid {self.pid}); loading the models")
-        ensembles = [
-            name for name, spec in ENSEMBLES.items() if all(step.stage in self._stages for step in spec.steps)
-        ]
+        ensembles = [name for name, spec in ENSEMBLES.items() if all(step.stage in self._stages for step in spec.steps)]
         done, total = 0, len(self._stages) + len(ensembles)
         for group in (self._stages, ensembles):
             for model, seconds in self._load_all(group, deadline, progress):
