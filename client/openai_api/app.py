@@ -15,13 +15,14 @@ from starlette.middleware.cors import CORSMiddleware
 
 from triptych.python_models.contract.errors import TriptychError
 
-from . import audio, completions, errors, generative, models, page, responses, sglang, system, tokens
+from . import audio, completions, embeddings, errors, generative, models, page, responses, sglang, system, tokens
 from .chat import chat_completions
-from .documentation import document
+from .documentation import described, document
 from .drain import Gate
 from .keys import RequireKey
 from .middleware import RequestContext
 from .observation import Observer
+from .schemas import CHAT_ANSWER, chat_body
 from .service import Service
 from .tracing import Tracing
 
@@ -43,11 +44,15 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(HTTPException, errors.on_http_error)
 
     # The response model would be built from the annotation, and there is none: bodies are checked and written by hand.
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post(
+        "/v1/chat/completions",
+        **described("Answer a conversation", body=chat_body(), answer=CHAT_ANSWER, streams=True),
+    )
     async def chat(request: Request) -> Response:
         return await chat_completions(request, service)
 
     app.include_router(completions.router(service))
+    app.include_router(embeddings.router(service))
     app.include_router(tokens.router(service))
     app.include_router(sglang.router(service))
     app.include_router(responses.router(service))
@@ -59,12 +64,12 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(page.router())
 
     @functools.cache
-    def described() -> dict[str, Any]:
+    def documented() -> dict[str, Any]:
         return document(app, bool(service.options.api_keys))
 
     @app.get("/openapi.json", include_in_schema=False, response_model=None)
     async def openapi() -> dict[str, Any]:
-        return described()
+        return documented()
 
     return app
 
