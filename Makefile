@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLIENTS := .venv-clients/.installed
 
 .PHONY: help demo serve clients test parity test-gpu lint format check repository models metrics clean
 help:                 ## this list
@@ -16,13 +17,21 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[server,dev]'
 	@touch $@
 
+$(CLIENTS): tests/clients/requirements.txt
+	@test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	@echo "installing the client packages of the tests into .venv-clients"
+	@.venv-clients/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
 demo: $(INSTALLED)    ## start the server on the built-in model and ask it about a picture, a video and a sound
 	@$(BIN)/python examples/demo.py
 
 serve: $(INSTALLED)   ## serve MODEL (default: the built-in one) on port 30000; more options with ARGS="..."
 	@$(BIN)/triptych serve $(MODEL) $(ARGS)
 
-test: $(INSTALLED)    ## all tests that need no GPU
+clients: $(CLIENTS)   ## the client packages that tests ask the server with: litellm, langchain-openai
+
+test: $(INSTALLED) $(CLIENTS)  ## all tests that need no GPU
 	@$(BIN)/python -m pytest $(ARGS)
 
 parity: $(INSTALLED)  ## every model family beside transformers' generate, in process and served (two at a time)
@@ -56,4 +65,4 @@ metrics: $(INSTALLED) ## write docs/metrics.md and the dashboards anew from the 
 	@$(BIN)/python docker/grafana/dashboards.py
 
 clean:                ## remove the environment and all caches
-	@rm -rf $(VENV) .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	@rm -rf $(VENV) .venv-clients .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
