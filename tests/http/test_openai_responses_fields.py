@@ -20,6 +20,7 @@ from openai.types.responses.response_create_params import (
 )
 from pydantic import TypeAdapter
 
+from triptych.client.openai_api.answers import Answers
 from triptych.client.openai_api.responses.answer import Answer
 from triptych.client.openai_api.responses.request import parse
 from triptych.client.openai_api.responses.store import Store
@@ -333,7 +334,7 @@ def test_a_field_works_or_is_refused_by_name(path: str) -> None:
 def made() -> Answer:
     body = {"model": "m", "input": "hi", "tools": [TOOL]}
     call = parse(json.dumps(body).encode(), "m", 10.0, STORE)
-    return Answer("resp-1", 17, "m", call.echo | {"store": True}, tools=call.chat.request.template.tools)
+    return Answer("resp-1", 17, "m", call.echo | {"store": True}, answers=Answers(call.chat.request.template.tools))
 
 
 LOGPROB = TokenLogprob(1, "yes", -0.5, (97,), ((1, "yes", -0.5, (97,)),))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triptych.client.openai_api.answers import Answers
 from triptych.client.openai_api.errors import answer_to
 from triptych.client.openai_api.responses.answer import Answer
 from triptych.client.openai_api.responses.request import _OWN, _REFUSED, _SAME, ResponseCall, parse
@@ -308,7 +309,7 @@ TOOL = {"type": "function", "name": "find", "parameters": {"type": "object", "pr
 
 def test_reasoning_and_calls_are_items_of_their_own() -> None:
     [given] = call(tools=[TOOL]).chat.request.template.tools
-    made = writer(tools=(given,))
+    made = writer(answers=Answers((given,)))
     text = '<think>hm, so</think>yes<tool_call>{"name": "find", "arguments": {"a": [1, "b"]}}</tool_call>'
     data = made.first_chunks() + made.chunks(Delta(usage=Usage(5), syntax=Syntax("hermes", "qwen3")))
     for start in range(0, len(text), 5):

@@ -10,9 +10,9 @@ from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage, pu
 from triptych.python_models.contract.errors import TriptychError
 
 from .. import sse
-from ..tool_parsers import AnswerParser, Arguments, Call, Reasoning, Text
+from ..answers import Answers
+from ..tool_parsers import Arguments, Call, Reasoning, Text
 from ..tool_parsers import Event as Piece
-from ..tool_parsers.answer import schemas
 from .output import CallItem, Event, Item, MessageItem, ReasoningItem
 
 _Item = TypeVar("_Item", bound=Item)
@@ -32,7 +32,7 @@ class Answer:
         cache_report: tell how many tokens of the prompt came from the prefix cache.
         include_obfuscation: bring events of text to a multiple of a size with random characters.
         keep: called with the finished response; None to keep nothing.
-        tools: the functions that the model may call, as chat completions have them.
+        answers: tells calls and reasoning from text.
     """
 
     # choices of the generation
@@ -47,7 +47,7 @@ class Answer:
         cache_report: bool = True,
         include_obfuscation: bool = False,
         keep: Callable[[dict[str, Any]], object] | None = None,
-        tools: tuple[Mapping[str, Any], ...] = (),
+        answers: Answers | None = None,
     ) -> None:
         self._mark = request_id.rpartition("-")[2]
         self._head = {"id": f"resp_{self._mark}", "object": "response", "created_at": created, "model": model}
@@ -55,10 +55,9 @@ class Answer:
         self._cache_report = cache_report
         self._include_obfuscation = include_obfuscation
         self._keep = keep
-        self._tools = tools
+        self._answers = Answers() if answers is None else answers
         self._num_events = 0
         self._output: list[dict[str, Any]] = []
-        self._parser: AnswerParser | None = None
         self._open: Item | None = None
         # of tokens whose text is still to come
         self._logprobs: list[dict[str, Any]] = []
@@ -72,7 +71,7 @@ class Answer:
     def chunks(self, delta: Delta) -> bytes:
         """The events of one delta."""
         if delta.syntax is not None:
-            self._parser = AnswerParser(delta.syntax, schemas(self._tools))
+            self._answers.syntax = delta.syntax
         self._logprobs += logprobs(delta.logprobs)
         pieces = self._pieces(delta)
         if pieces and not any(isinstance(piece, Text) for piece in pieces):
@@ -108,15 +107,14 @@ class Answer:
         return self._write(("failed", {"response": response}))
 
     def _pieces(self, delta: Delta) -> list[Piece]:
-        if self._parser is None:
+        if self._answers.syntax is None:
             return [Text(delta.text)] if delta.text or delta.logprobs else []
-        pieces = self._parser.feed(delta.text)
-        return pieces + self._parser.finish() if delta.finish_reason else pieces
+        return self._answers.read(delta)
 
     def _take(self, piece: Piece) -> list[Event]:
         if isinstance(piece, Call):
             events = self._close()
-            self._open = CallItem(self._mark, len(self._output), piece.name)
+            self._open = CallItem(self._mark, len(self._output), piece.name, self._answers.new_id())
             return [*events, *self._open.begin()]
         if isinstance(piece, Arguments):
             assert isinstance(self._open, CallItem)

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
 
+from ..answers import Answers
 from ..documentation import described
 from ..run import Run, read
 from ..service import Service
@@ -79,7 +80,7 @@ async def _create(request: Request, service: Service, store: Store) -> Response:
         options.enable_cache_report,
         call.include_obfuscation,
         keep if call.store else None,
-        chat.request.template.tools,
+        Answers(chat.request.template.tools, chat.stream_reasoning),
     )
     stream = chat.request.stream
     # Large media must not stay in memory while the answer is generated.

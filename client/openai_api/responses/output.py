@@ -134,14 +134,16 @@ class CallItem(Item):
     Args:
         mark, index: of every item.
         name: of the function.
+        call_id: that what it gave will name.
     """
 
     prefix = "fc"
     delta_event = "function_call_arguments.delta"
 
-    def __init__(self, mark: str, index: int, name: str) -> None:
+    def __init__(self, mark: str, index: int, name: str, call_id: str) -> None:
         super().__init__(mark, index)
         self.name = name
+        self.call_id = call_id
 
     def end(self, status: str) -> Iterator[Event]:
         """What was written, then all around it."""
@@ -158,6 +160,6 @@ class CallItem(Item):
             "type": "function_call",
             "status": "in_progress",
             "arguments": "",
-            "call_id": f"call_{self.id.removeprefix('fc_')}",
+            "call_id": self.call_id,
             "name": self.name,
         }
