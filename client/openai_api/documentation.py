@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from .keys import FREE
 
@@ -24,6 +25,15 @@ Schema = Mapping[str, Any]
 JSON = "application/json"
 FORM = "multipart/form-data"
 EVENTS = "text/event-stream"
+_EVENT: Schema = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string", "description": "JSON; after the last, `[DONE]`"},
+    },
+    "description": "one event of the stream",
+}
 _ERROR: Schema = {
     "type": "object",
     "required": ["error"],
@@ -63,7 +73,7 @@ def described(
     body: Schema | None = None,
     form: Schema | None = None,
     answer: Schema | None = None,
-    answer_type: str = JSON,
+    answer_type: str | None = JSON,
     streams: bool = False,
     tag: str = "OpenAI",
     more: Mapping[int, tuple[str, Schema | None]] | None = None,
@@ -76,15 +86,17 @@ def described(
         body: schema of a JSON body.
         form: schema of a form (multipart) instead; files are ``{"type": "string", "format": "binary"}``.
         answer: schema of the answer with status 200; None: any.
-        answer_type: its media type.
+        answer_type: its media type; None: it has no body.
         streams: with ``stream: true`` the answer is server-sent events.
         tag: group of endpoints.
         more: {status: (description, schema)} of further answers; the usual errors need not be named.
     """
-    content: dict[str, Any] = {answer_type: {"schema": dict(answer or {})}}
+    content: dict[str, Any] = {} if answer_type is None else {answer_type: {"schema": dict(answer or {})}}
     if streams:
-        content[EVENTS] = {"schema": {"type": "string", "description": "`data: {...}` chunks, then `data: [DONE]`"}}
-    responses: dict[int | str, dict[str, Any]] = {200: {"description": "The answer", "content": content}}
+        content[EVENTS] = {"schema": dict(_EVENT)}
+    responses: dict[int, dict[str, Any]] = {
+        200: {"description": "The answer"} | ({"content": content} if content else {})
+    }
     for status, (words, schema) in (more or {}).items():
         responses[status] = {"description": words, "content": {JSON: {"schema": dict(schema or {})}}}
     extra: dict[str, Any] = {"responses": {str(status): answer for status, answer in responses.items()}}
@@ -97,6 +109,8 @@ def described(
         "description": text or summary,
         "tags": [tag],
         "openapi_extra": extra,
+        # what FastAPI says of a 200 by itself must not contradict it
+        "response_class": JSONResponse if answer_type == JSON else PlainTextResponse if answer_type else Response,
     }
 
 

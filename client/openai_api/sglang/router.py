@@ -168,7 +168,7 @@ def router(service: Service) -> APIRouter:
 
     routes.add_api_route("/flush_cache", flush, methods=["GET"], response_model=None, include_in_schema=False)
 
-    @routes.get("/health_generate", **described("Does it generate a token?", tag=_TAG))
+    @routes.get("/health_generate", **described("Does it generate a token?", answer_type=None, tag=_TAG))
     async def health() -> Response:
         try:
             await asyncio.wait_for(_one_token(service), HEALTH_S)
