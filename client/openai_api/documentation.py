@@ -100,9 +100,11 @@ def described(
     for status, (words, schema) in (more or {}).items():
         responses[status] = {"description": words, "content": {JSON: {"schema": dict(schema or {})}}}
     extra: dict[str, Any] = {"responses": {str(status): answer for status, answer in responses.items()}}
-    if body is not None or form is not None:
-        media = FORM if body is None else JSON
-        extra["requestBody"] = {"required": True, "content": {media: {"schema": dict(form if body is None else body)}}}
+    if (schema := form if body is None else body) is not None:
+        extra["requestBody"] = {
+            "required": True,
+            "content": {FORM if body is None else JSON: {"schema": dict(schema)}},
+        }
     return {
         "response_model": None,
         "summary": summary,
