@@ -194,10 +194,13 @@ class Connection:
                 request.check(now)
             if running and now - renewed >= self.limits.lease_s / 3:
                 renewed = now
-                # a server that does not answer shows in the requests themselves
-                with contextlib.suppress(TriptychError):
-                    ids = [request.request_id for request in running]
+                ids = [request.request_id for request in running]
+                try:
                     self.control(LANGUAGE_MODEL.name, renew=ids, timeout_s=max(1.0, self.limits.lease_s / 3))
+                except TriptychError as error:
+                    # one that only does not answer in time shows in the requests themselves
+                    for request in running if error.kind is ErrorKind.STAGE_DEAD else ():
+                        request.engine_died(error)
 
 
 class Request:
@@ -241,16 +244,27 @@ class Request:
             if self._call is None or now < self._deadline:
                 return
             limit = self._limits.silence_timeout_s if self._accepted else self._limits.start_timeout_s
-            if self._accepted:
-                message = f"language_model gave no sign of life for {limit:g} s"
-                self._failure = TriptychError(ErrorKind.STAGE_DEAD, message, stage=LANGUAGE_MODEL.name)
-            else:
-                self._failure = TriptychError(
-                    ErrorKind.TIMEOUT, f"the request did not reach the engine within {limit:g} s (start_timeout_s)"
-                )
-            call, self._call = self._call, None
+            accepted = self._accepted
+        if accepted:
+            message = f"language_model gave no sign of life for {limit:g} s"
+            error = TriptychError(ErrorKind.STAGE_DEAD, message, stage=LANGUAGE_MODEL.name)
+        else:
+            message = f"the request did not reach the engine within {limit:g} s (start_timeout_s)"
+            error = TriptychError(ErrorKind.TIMEOUT, message)
+        self._give_up(error)
         self._connection.in_background(self._send_cancel, self.request_id)
-        call.cancel()
+
+    def engine_died(self, error: TriptychError) -> None:
+        """The server never ends what was in a stage that died."""
+        if self._accepted:
+            self._give_up(error)
+
+    def _give_up(self, error: TriptychError) -> None:
+        with self._lock:
+            call, self._call = self._call, None
+            self._failure = error
+        if call is not None:
+            call.cancel()
 
     def _run(self) -> None:
         try:

@@ -34,7 +34,9 @@ Script = Callable[[Asked, int], Iterator[Any]]
 
 
 class FakeServer(rpc.GRPCInferenceServiceServicer):
-    """Attributes: what came: requests, (stage, id) of cancels and renewals, metadata of the last call."""
+    """Attributes: what came: requests, (stage, id) of cancels and renewals, metadata of the last call; ``dead``: stages
+    answer no control requests.
+    """
 
     def __init__(self, script: Script, credentials: grpc.ServerCredentials | None = None, port: int = 0) -> None:
         self.script = script
@@ -43,6 +45,7 @@ class FakeServer(rpc.GRPCInferenceServiceServicer):
         self.renewals: list[str] = []
         self.metadata: dict[str, str] = {}
         self.running = self.most_running = 0
+        self.dead = False
         self._lock = threading.Lock()
         self._server = grpc.server(ThreadPoolExecutor(32))
         rpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
@@ -80,6 +83,10 @@ class FakeServer(rpc.GRPCInferenceServiceServicer):
                 for asked in self.asked:
                     if asked.request_id == request_id:
                         asked.cancelled.set()
+            if self.dead:
+                error = TriptychError(ErrorKind.STAGE_DEAD, "gone", stage=message.model_name)
+                yield pb.ModelStreamInferResponse(error_message=error.to_wire())
+                return
             self.renewals += strings(tensors.get("renew", b""))
             yield pb.ModelStreamInferResponse(infer_response=pb.ModelInferResponse())
 
@@ -116,6 +123,12 @@ def endless(asked: Asked) -> Iterator[Any]:
     while not asked.cancelled.wait(0.01):
         yield Delta("x", (1,))
     yield TriptychError(ErrorKind.CANCELLED, "the request was cancelled", stage="language_model")
+
+
+def silent_after_acceptance(asked: Asked) -> Iterator[Any]:
+    """As an engine that died with a request in it."""
+    yield Delta(usage=Usage(3))
+    yield from silent(asked)
 
 
 def silent(asked: Asked) -> Iterator[Any]:

@@ -132,6 +132,17 @@ def test_silence() -> None:
             fake.wait_until(lambda asked=asked: ("language_model", asked.request_id) in server.cancels)
 
 
+def test_an_engine_that_dies_is_noticed_by_its_leases() -> None:
+    with fake.FakeServer(lambda asked, number: fake.silent_after_acceptance(asked)) as server:
+        with Client(server.url, lease_s=0.5, retry_s=0) as client:
+            stream = client.stream_chat("hello")
+            fake.wait_until(lambda: server.renewals)
+            server.dead = True
+            with pytest.raises(TriptychError, match="gone") as caught:
+                next(stream)
+        assert caught.value.kind is ErrorKind.STAGE_DEAD
+
+
 def test_leases_are_renewed_and_cancels_reach_every_stage() -> None:
     with fake.FakeServer(lambda asked, number: fake.endless(asked)) as server:
         with Client(server.url, lease_s=0.5) as client:
