@@ -1,12 +1,33 @@
-"""For mkdocs: links that leave docs/ work in the repository, not on the site, where their files are named instead."""
+"""What mkdocs needs beside its configuration.
+
+Links that leave docs/ work in the repository, not on the site, where their files are named instead. And the package's
+folders, which only its installation puts together, are put together for the reader of docstrings.
+"""
 
 from __future__ import annotations
 
 import posixpath
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#\s]+)(?:#[^)]*)?\)")
+_PACKAGE = ROOT / "build/docstrings/triptych"
+
+
+def on_startup(**_: Any) -> None:
+    """Called by mkdocs first of all."""
+    shutil.rmtree(_PACKAGE, ignore_errors=True)
+    _PACKAGE.mkdir(parents=True)
+    for file in (ROOT / "triptych").glob("*.py"):
+        (_PACKAGE / file.name).symlink_to(file)
+    for folder in ("python_models", "client", "backends", "kernels"):
+        (_PACKAGE / folder).mkdir()
+        (_PACKAGE / folder / "__init__.py").touch()
+        for path in (ROOT / folder).iterdir():
+            (_PACKAGE / folder / path.name).symlink_to(path)
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
