@@ -80,7 +80,9 @@ class Play:
         self.page.get_by_label("Form of the answer").select_option(name)
 
     def attach(self, *names: str) -> None:
-        self.page.locator("input[type=file]").set_input_files([MEDIA / name for name in names])
+        with self.page.expect_file_chooser() as chooser:
+            self.button("Attach files").click()
+        chooser.value.set_files([MEDIA / name for name in names])
 
     def send(self, text: str) -> None:
         self.message.fill(text)
@@ -147,13 +149,14 @@ def server(files: str) -> Iterator[Any]:
         yield served
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def playwright() -> Iterator[Playwright]:
+    """Not for the whole session: as long as it lives, nothing else in this thread can run an event loop."""
     with sync_playwright() as made:
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(playwright: Playwright) -> Iterator[Browser]:
     """Playwright's own Chromium, else the system's."""
     own = Path(playwright.chromium.executable_path)

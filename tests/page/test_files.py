@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import re
@@ -15,6 +14,7 @@ import httpx
 import pytest
 import uvicorn
 from playwright.sync_api import BrowserContext, expect
+from starlette.testclient import TestClient
 
 from triptych.client.cli import main
 from triptych.client.openai_api import Service, ShimOptions, create_app
@@ -27,13 +27,7 @@ SCRIPT = re.compile(r'src="\./(assets/[^"]+\.js)"')
 
 def get(path: str, options: ShimOptions = ShimOptions("m"), **headers: str) -> httpx.Response:  # noqa: B008
     """An answer of the endpoint, which needs no Triton server for the page."""
-
-    async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(create_app(Service(options)))
-        async with httpx.AsyncClient(transport=transport, base_url="http://page") as client:
-            return await client.get(path, headers=headers)
-
-    return asyncio.run(ask())
+    return TestClient(create_app(Service(options))).get(path, headers=headers)
 
 
 def test_the_build_is_of_these_sources() -> None:
