@@ -11,6 +11,7 @@ from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.tools import Tool
 
 from .tool_parsers import AnswerParser, Arguments, Call, Event, Reasoning, Text
+from .tool_parsers.answer import schemas
 
 # Mistral's templates take ids of nine letters and digits, and no others.
 _ID_LENGTHS = {"mistral": 9}
@@ -21,7 +22,7 @@ class Answers:
 
     def __init__(self, tools: Sequence[Tool] = (), stream_reasoning: bool = True) -> None:
         """Args: what may be called; False gives reasoning in one piece."""
-        self._tools = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+        self._tools = schemas(tools)
         self._stream_reasoning = stream_reasoning
         self._parsers: dict[int, AnswerParser] = {}
         self._calls: dict[int, int] = {}

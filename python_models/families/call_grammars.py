@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from ..contract.answer import Marks
+from ..contract.errors import TriptychError
 from ..contract.sampling import Grammar
 from ..contract.tools import Tool
 
@@ -146,9 +147,18 @@ def after_reasoning(marks: Marks, begun: bool, body: Format) -> Format:
 
 
 def whole(body: Format) -> Grammar:
-    """The grammar of an answer."""
-    text = json.dumps({"type": "structural_tag", "format": body}, ensure_ascii=False)
-    return Grammar("structural_tag", text)
+    """The grammar of an answer.
+
+    Raises:
+        TriptychError: TOO_LARGE or INVALID_REQUEST where the schemas are too much for one.
+    """
+    try:
+        return Grammar.from_json(
+            {"type": "structural_tag", "value": {"type": "structural_tag", "format": body}}, "tools"
+        )
+    except TriptychError as error:
+        # too large, or nested too deep
+        raise replace(error, message=f"the grammar of the answer: {error.message}", param="tools") from None
 
 
 def _tag(form: Form, tool: Tool, strict: bool) -> Format:

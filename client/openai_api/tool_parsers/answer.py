@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from triptych.python_models.contract.answer import Syntax
+from triptych.python_models.contract.tools import Tool
 
 from .cursor import Cursor, Event, Reasoning, Steps
 from .objects import Tools
@@ -77,6 +78,6 @@ class AnswerParser:
         yield from (TOOL_PARSERS[syntax.tools](cursor, tools) if syntax.tools else cursor.until())
 
 
-def schemas(tools: tuple[Any, ...]) -> Tools:
+def schemas(tools: Sequence[Tool]) -> Tools:
     """Field ``tools`` of a request as the parsers want it."""
     return {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
