@@ -75,8 +75,11 @@ class Tracing:
                 f"traces to {endpoint} need OpenTelemetry's SDK, which is not installed ({error.name}): "
                 "pip install 'triptych[otel]', or leave --otlp-traces-endpoint and the variables OTEL_... out",
             ) from None
-        # names of the environment win
-        provider = TracerProvider(resource=Resource({"service.name": "triptych"}).merge(Resource.create()))
+        resource = Resource.create()
+        # the SDK's way to say that the environment names none
+        if str(resource.attributes["service.name"]).startswith("unknown_service"):
+            resource = resource.merge(Resource({"service.name": "triptych"}))
+        provider = TracerProvider(resource=resource)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S)))
         return cls(provider, model)
 
@@ -126,9 +129,10 @@ class Tracing:
 
         sampling, usage, timings = part.request.sampling, part.usage, part.timings
         end = now if timings is None else timings.end
-        span = self._start(parent, f"chat {self._model}", part.began, SpanKind.INTERNAL)
+        operation = "chat" if part.request.prompt is None else "text_completion"
+        span = self._start(parent, f"{operation} {self._model}", part.began, SpanKind.INTERNAL)
         attributes: dict[str, Any] = {
-            "gen_ai.operation.name": "chat",
+            "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "triptych",
             "gen_ai.request.model": self._model,
             "gen_ai.response.model": self._model,
