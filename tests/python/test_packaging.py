@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ("triptych", "kernels", "backends", "python_models", "client", "pyproject.toml", "README.md", "LICENSE")
 _USE = """
 import importlib, sys
+from pathlib import Path
 ours, theirs = sys.argv[1:]
 sys.path[:0] = [ours]
 sys.path.append(theirs)
@@ -22,6 +23,11 @@ assert triptych.__file__.startswith(ours)
 assert triptych.__version__
 for name in triptych.__all__:
     getattr(triptych, name)
+page = Path(ours, "triptych", "client", "page")
+assert (page / "dist" / "index.html").is_file()
+assert list(page.glob("dist/assets/*.js"))
+# what it is built from stays behind
+assert [path.name for path in page.iterdir()] == ["dist"]
 """
 
 
