@@ -8,16 +8,18 @@ import logging
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from triptych.client.cli import observing
 from triptych.client.cli.parser import CommandError
-from triptych.client.openai_api import ShimOptions
+from triptych.client.openai_api import Service, ShimOptions, create_app
 from triptych.client.openai_api.metrics import ShimMetrics
 from triptych.client.openai_api.observation import Observer, RequestIdFilter, current, part_of
 from triptych.client.openai_api.tracing import Tracing
 from triptych.python_models.contract.delta import Delta, Usage
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.request import ChatRequest, Message, TextPart
+from triptych.python_models.contract.settings import Settings
 
 REQUEST = ChatRequest((Message("user", (TextPart("the secret word"),), plain=True),))
 ROUTE = "/v1/chat/completions"
@@ -167,3 +169,14 @@ def test_where_traces_go(option: str | None, environment: dict[str, str], endpoi
 def test_an_endpoint_that_is_no_url_is_refused() -> None:
     with pytest.raises(CommandError, match="must begin with http"):
         observing.traces_endpoint(argparse.Namespace(otlp_traces_endpoint="c:4317"), {})
+
+
+def test_without_metrics_there_is_no_page() -> None:
+    service = Service(ShimOptions("m"))
+    service.settings = Settings(enable_metrics=False)
+    with TestClient(create_app(service)) as client:
+        answer = client.get("/metrics")
+        assert answer.status_code == 404
+        assert "--no-enable-metrics" in answer.json()["error"]["message"]
+        service.settings = Settings()
+        assert client.get("/metrics").status_code == 200

@@ -130,6 +130,23 @@ def test_a_server_that_ends_at_once_shows_its_last_words(tmp_path: Path) -> None
         server.wait_ready(30, lambda _: None)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_server_measures_and_traces_as_it_is_told(enabled: bool, tmp_path: Path) -> None:
+    home = installation(tmp_path / "triton")
+    helps = '[ "$1" = --help ] && echo "  --model-repository <string>" && exit 0'
+    program(home / "bin" / "tritonserver", f'#!/bin/sh\n{helps}\necho "error: $*" >&2\nexit 3\n')
+    settings = Settings(enable_metrics=enabled)
+    traces = ("mode=opentelemetry", "opentelemetry,url=http://c/v1/traces")
+    with (
+        pytest.raises(LauncherError) as caught,
+        TritonServer(find_server(str(home)), settings, trace_config=traces) as server,
+    ):
+        server.wait_ready(30, lambda _: None)
+    words = caught.value.message.split()
+    assert f"--allow-metrics={str(enabled).lower()}" in words
+    assert [word for word in words if word.startswith("--trace")] == [f"--trace-config={item}" for item in traces]
+
+
 def test_a_server_starts_once(tmp_path: Path) -> None:
     server = TritonServer(find_server(), Settings())
     server.stop()

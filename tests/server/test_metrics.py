@@ -63,3 +63,16 @@ def test_gpu_memory_is_reported_of_all_devices(metrics: Any, monkeypatch: pytest
 def test_without_a_gpu_there_is_nothing_to_report(metrics: Any, monkeypatch: pytest.MonkeyPatch, torch: Any) -> None:
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert "triptych_gpu_memory_bytes" not in _reported(metrics)
+
+
+def test_where_nothing_is_to_be_measured_the_thread_only_beats(metrics: Any) -> None:
+    beats: list[None] = []
+    thread = metrics.MetricsThread({"stage": "vision_encoder"}, lambda: beats.append(None), enabled=False)
+    until = time.monotonic() + 30
+    while not beats:
+        thread.set(metrics.HEARTBEAT, 1.0)
+        thread.add("triptych_encoder_cache_hits_total")
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    thread.close(30)
+    assert Family.values == {}
