@@ -36,7 +36,7 @@ _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
 # Fields that other endpoints of this server's take too, beside OpenAI's own.
 CHAT_EXTRAS = (
     *sorted(_SAMPLING - {"n", "logprobs", "top_logprobs", "temperature", "top_p"}),
-    *("regex", "ebnf", "priority", "cache_salt", "chat_template_kwargs"),
+    *("regex", "ebnf", "priority", "cache_salt", "chat_template_kwargs", "separate_reasoning", "stream_reasoning"),
 )
 # What the chat template gets; the last three are SGLang's and vLLM's names.
 _TEMPLATE = (

@@ -152,14 +152,15 @@ def checkpoint(tiny_checkpoint: Callable[[str], Path]) -> Path:
 
 
 class SlowFiles(http.server.BaseHTTPRequestHandler):
-    """``/picture.png`` at once, ``/slow.png`` after a minute."""
+    """A picture, or a video or sound where the name ends so, at once; ``/slow.png`` after a minute."""
 
     def do_GET(self) -> None:
         if self.path.startswith("/slow"):
             # who asked is gone by then
             time.sleep(60)
             return
-        data = picture(9)
+        name = self.path.partition("?")[0]
+        data = film(9) if name.endswith(".mp4") else sound(9) if name.endswith(".wav") else picture(9)
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
