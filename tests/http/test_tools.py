@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -137,17 +138,21 @@ def test_the_openai_package_joins_the_stream(client: openai.OpenAI) -> None:
     check_call(call.function.name, call.function.arguments)
 
 
-def test_several_calls_and_several_choices(client: openai.OpenAI) -> None:
-    answer = ask(client, tools=TOOLS[1:], tool_choice="required", n=8, max_tokens=80, seed=1, temperature=2)
-    counts = []
+def test_several_calls_and_several_choices(client: openai.OpenAI, checkpoint: Path) -> None:
+    import transformers
+
+    (line_end,) = transformers.AutoTokenizer.from_pretrained(checkpoint).encode("\n", add_special_tokens=False)
+    # what stands between calls is more likely than the answer's end
+    fields = {"tools": TOOLS[1:], "tool_choice": "required", "n": 2, "max_tokens": 120}
+    answer = ask(client, logit_bias={str(line_end): 100}, **fields)
     for choice in answer.choices:
-        # the last one may have been cut off by max_tokens
-        made = choice.message.tool_calls or []
-        counts.append(len(made))
+        made = choice.message.tool_calls
+        assert choice.finish_reason == "length"
+        assert len(made) > 1
         assert len({call.id for call in made}) == len(made)
-        assert {call.function.name for call in made[:-1]} <= {"stop"}
-        assert choice.finish_reason in ("tool_calls", "length")
-    assert max(counts) > 1
+        assert {call.function.name for call in made} == {"stop"}
+        # max_tokens cut the last one
+        assert {call.function.arguments.replace("\n", "") for call in made[:-1]} == {"{}"}
 
 
 def test_a_call_that_max_tokens_cuts(client: openai.OpenAI) -> None:
@@ -271,3 +276,39 @@ def test_a_format_where_reasoning_is_over(client: openai.OpenAI) -> None:
     assert set(ask(client, extra_body=body, max_tokens=20).choices[0].message.content) <= set("ab")
     answer = ask(client, response_format=form, max_tokens=60, extra_body=CALM)
     assert isinstance(json.loads(answer.choices[0].message.content)["ok"], bool)
+
+
+def test_examples_of_the_documentation(server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "tools.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block.replace("http://127.0.0.1:8000", server.url), "docs/tools.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("weather {'unit': '")
+
+
+def test_calls_in_responses(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "tools": [{"type": "function", **TOOLS[0]["function"]}],
+        "tool_choice": {"type": "function", "name": "paint"},
+        "parallel_tool_calls": False,
+        "max_output_tokens": 300,
+        "extra_body": CALM | {"seed": 3},
+    }
+    found = client.responses.create(input="paint it", **fields)
+    assert found.status == "completed"
+    (call,) = found.output
+    assert (call.type, call.name) == ("function_call", "paint")
+    assert json.loads(call.arguments)["colour"] in ("red", "green")
+    events = list(client.responses.create(input="paint it", stream=True, **fields))
+    pieces = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert len(pieces) > 1
+    assert "".join(pieces) == call.arguments
+    assert events[-1].response.output[0].arguments == call.arguments
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    plain = fields | {"tool_choice": "none", "max_output_tokens": 4, "temperature": 0}
+    continued = client.responses.create(input=[result], previous_response_id=found.id, **plain)
+    given = client.responses.create(input=[{"role": "user", "content": "paint it"}, call, result], **plain)
+    assert continued.output_text == given.output_text
+    assert continued.usage.input_tokens == given.usage.input_tokens
