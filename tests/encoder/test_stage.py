@@ -53,7 +53,7 @@ class Answer:
         assert self.ended()
         assert self.error is None, self.error
         assert self.tensors is not None
-        (rows,) = self.tensors.values()
+        (rows,) = (tensor for name, tensor in self.tensors.items() if name.endswith("_embeddings"))
         assert isinstance(rows, torch.Tensor)
         return rows
 
@@ -221,6 +221,21 @@ def test_cache_bytes_are_reported(make: Callable[..., Setup]) -> None:
     assert setup.telemetry.gauges["triptych_encoder_cache_bytes"] >= 2 * WIDTH * 4
 
 
+def test_a_flush_empties_the_cache(make: Callable[..., Setup]) -> None:
+    setup = make()
+    setup.submit("1", "a").rows()
+    answer = Answer()
+    setup.stage.flush(answer)
+    assert answer.ended()
+    assert (answer.tensors, answer.error) == ({}, None)
+    setup.submit("2", "a").rows()
+    assert setup.encoder.calls == [["a"], ["a"]]
+    setup.stage.close()
+    late = Answer()
+    setup.stage.flush(late)
+    assert late.failure().kind is ErrorKind.STAGE_DEAD
+
+
 def test_cache_off(make: Callable[..., Setup]) -> None:
     setup = make(mm_cache_size_mb=0)
     setup.submit("1", "a", "a").rows()
@@ -368,7 +383,7 @@ def test_real_encoder(tiny_checkpoint: Callable[[str], Path]) -> None:
     try:
         answer = run(stage, items)
         assert answer.tensors is not None
-        assert list(answer.tensors) == ["vision_embeddings"]
+        assert list(answer.tensors) == ["vision_embeddings", "vision_rows"]
         expected = load_family(Settings(model=str(folder))).load_encoder("vision", "cpu", torch.float32).encode(items)
         assert torch.equal(answer.rows(), expected[0])
         assert answer.rows().is_contiguous()

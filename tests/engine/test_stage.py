@@ -11,7 +11,7 @@ import torch
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.plan import MediaItem, Plan
 from triptych.python_models.contract.settings import Settings
-from triptych.python_models.contract.tensors import LANGUAGE_MODEL
+from triptych.python_models.contract.tensors import DELTA
 from triptych.python_models.language_model.runner.executor import make_executor
 from triptych.python_models.language_model.runner.memory import CPU_BYTES
 from triptych.python_models.language_model.runner.step import KVGroup
@@ -66,6 +66,27 @@ def test_input_that_does_not_fit_is_named(make_tiny, recorder, given, message):
     assert tiny.ask(stage, [1, 2, 3], max_tokens=3).ok()
 
 
+def test_a_flush_forgets_prompts_but_never_under_a_request(make_tiny, recorder):
+    tiny = make_tiny()
+    stage = tiny.stage()
+    prompt = list(range(1, 41))
+    running = tiny.ask(stage, prompt, request_id="long", max_tokens=400)
+    running.wait_first()
+    refused = recorder()
+    stage.flush(refused)
+    assert refused.wait().error.kind is ErrorKind.OVERLOADED
+    stage.cancel(["long"])
+    assert running.wait().error.kind is ErrorKind.CANCELLED
+    first = tiny.ask(stage, prompt, max_tokens=3).ok()
+    assert first.usage.cached_tokens > 0
+    answer = recorder()
+    stage.flush(answer)
+    assert answer.ok().deltas == []
+    again = tiny.ask(stage, prompt, max_tokens=3).ok()
+    assert again.usage.cached_tokens == 0
+    assert again.token_ids == first.token_ids
+
+
 def test_control_requests_act_and_are_answered_with_nothing(make_tiny, recorder):
     tiny = make_tiny()
     stage = tiny.stage()
@@ -116,7 +137,7 @@ def test_deltas_are_the_declared_tensors(make_tiny):
     stage.submit("", inputs(plan=[b'{"items": [], "sampling": {"max_tokens": 4, "temperature": 0}}']), Raw())
     while not (seen and seen[-1][1]):
         pass
-    declared = {spec.name: spec.dtype for spec in LANGUAGE_MODEL.outputs}
+    declared = {spec.name: spec.dtype for spec in DELTA}
     for tensors, _ in seen:
         assert set(tensors) == set(declared)
         for name, dtype in declared.items():
