@@ -20,6 +20,7 @@ from . import parts
 from .documentation import described
 from .fields import StreamOptions, check_model, json_object, optional_boolean, parse_sampling, parse_stream_options
 from .run import Run, read
+from .schemas import BOOLEAN, chat_fields, choice, integer
 from .service import Service
 from .text_completion import TextCompletion
 from .tokens import texts_of
@@ -74,18 +75,17 @@ _BODY = {
                 {"type": "array", "minItems": 1, "items": _IDS},
             ]
         },
-        "max_tokens": {"type": ["integer", "null"], "minimum": 1, "default": DEFAULT_MAX_TOKENS},
-        "n": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
-        "best_of": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_CHOICES},
-        "echo": {"type": ["boolean", "null"]},
-        "logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_TOP_LOGPROBS},
-        "stream": {"type": ["boolean", "null"]},
-        "stream_options": {"type": ["object", "null"]},
-        "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
-        "top_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
-        "stop": {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"type": "string"}}]},
-        "seed": {"type": ["integer", "null"]},
+        **chat_fields(
+            *sorted(set(_FIELDS) - {"prompt", "best_of", "echo", "logprobs", "suffix", "add_special_tokens"})
+        ),
+        "max_tokens": integer(1) | {"default": DEFAULT_MAX_TOKENS},
+        "best_of": integer(1, MAX_CHOICES),
+        "echo": BOOLEAN | {"description": "each answer begins with its prompt"},
+        "logprobs": integer(0, MAX_TOP_LOGPROBS),
+        "suffix": choice(""),
+        "add_special_tokens": BOOLEAN | {"description": "those that begin a text"},
     },
+    "additionalProperties": False,
 }
 
 

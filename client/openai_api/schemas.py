@@ -23,42 +23,47 @@ from .parts import AUDIO_FORMATS
 _INT32 = 2**31 - 1
 
 
-def _integer(low: int, high: int = _INT32) -> dict[str, Any]:
+def integer(low: int, high: int = _INT32) -> dict[str, Any]:
+    """An integer within bounds, or null, as all below: null is as if a field were left out."""
     return {"type": ["integer", "null"], "minimum": low, "maximum": high}
 
 
-def _number(low: float, high: float) -> dict[str, Any]:
+def number(low: float, high: float) -> dict[str, Any]:
+    """A number within bounds."""
     return {"type": ["number", "null"], "minimum": low, "maximum": high}
 
 
-def _above_zero(high: float) -> dict[str, Any]:
+def above_zero(high: float) -> dict[str, Any]:
+    """A number greater than 0."""
     return {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": high}
 
 
-def _text(description: str = "", **more: Any) -> dict[str, Any]:
+def text(description: str = "", **more: Any) -> dict[str, Any]:
+    """A string."""
     return {"type": ["string", "null"]} | ({"description": description} if description else {}) | more
 
 
-def _choice(*values: Any, description: str = "") -> dict[str, Any]:
+def choice(*values: Any, description: str = "") -> dict[str, Any]:
+    """One of some values; none: null alone."""
     return {"enum": [*values, None]} | ({"description": description} if description else {})
 
 
-_BOOLEAN = {"type": ["boolean", "null"]}
+BOOLEAN = {"type": ["boolean", "null"]}
 _TOKEN_IDS = {"type": ["array", "null"], "items": {"type": "integer", "minimum": 0, "maximum": _INT32}}
 _SAMPLING: dict[str, dict[str, Any]] = {
-    "max_tokens": _integer(1),
-    "min_tokens": _integer(0),
-    "temperature": _number(0, 2),
-    "top_p": _above_zero(1),
-    "top_k": _integer(-1),
-    "min_p": _number(0, 1),
-    "repetition_penalty": _above_zero(10),
-    "no_repeat_ngram_size": _integer(0, MAX_NGRAM_SIZE),
-    "no_repeat_ngram_window_size": _integer(0),
+    "max_tokens": integer(1),
+    "min_tokens": integer(0),
+    "temperature": number(0, 2),
+    "top_p": above_zero(1),
+    "top_k": integer(-1),
+    "min_p": number(0, 1),
+    "repetition_penalty": above_zero(10),
+    "no_repeat_ngram_size": integer(0, MAX_NGRAM_SIZE),
+    "no_repeat_ngram_window_size": integer(0),
     "no_repeat_ngram_allowed_ids": _TOKEN_IDS,
-    "presence_penalty": _number(-2, 2),
-    "frequency_penalty": _number(-2, 2),
-    "seed": _integer(-(2**63), 2**63 - 1),
+    "presence_penalty": number(-2, 2),
+    "frequency_penalty": number(-2, 2),
+    "seed": integer(-(2**63), 2**63 - 1),
     "stop": {
         "anyOf": [
             {"type": ["string", "null"], "minLength": 1},
@@ -66,17 +71,17 @@ _SAMPLING: dict[str, dict[str, Any]] = {
         ]
     },
     "stop_token_ids": _TOKEN_IDS,
-    "ignore_eos": _BOOLEAN,
-    "logprobs": _BOOLEAN,
-    "top_logprobs": _integer(0, MAX_TOP_LOGPROBS),
+    "ignore_eos": BOOLEAN,
+    "logprobs": BOOLEAN,
+    "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
     "logit_bias": {
         "type": ["object", "null"],
         "propertyNames": {"pattern": r"^[0-9]{1,9}$"},
         "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     },
-    "skip_special_tokens": _BOOLEAN,
-    "n": _integer(1, MAX_CHOICES),
-    "speculative_tokens": _integer(0, MAX_SPECULATIVE_TOKENS),
+    "skip_special_tokens": BOOLEAN,
+    "n": integer(1, MAX_CHOICES),
+    "speculative_tokens": integer(0, MAX_SPECULATIVE_TOKENS),
 }
 
 
@@ -84,8 +89,8 @@ def sampling() -> dict[str, Any]:
     """Schema of every sampling field but ``grammar``, described as the contract does."""
     found: dict[str, str] = {}
     names: list[str] = []
-    text = (inspect.getdoc(SamplingParams) or "").partition("Attributes:")[2]
-    for line in text.splitlines():
+    attributes = (inspect.getdoc(SamplingParams) or "").partition("Attributes:")[2]
+    for line in attributes.splitlines():
         if match := re.match(r"    ((?:\w+, )*\w+): (.*)", line):
             names = match[1].split(", ")
             found |= dict.fromkeys(names, match[2])
@@ -97,11 +102,11 @@ def sampling() -> dict[str, Any]:
 
 def _source(modality: str) -> dict[str, Any]:
     """An object with a URL and the options of its medium."""
-    options: dict[str, Any] = {name: _integer(1) for name in MEDIA_OPTIONS[modality]}
+    options: dict[str, Any] = {name: integer(1) for name in MEDIA_OPTIONS[modality]}
     if "detail" in options:
-        options["detail"] = _choice(*DETAILS)
+        options["detail"] = choice(*DETAILS)
     if "fps" in options:
-        options["fps"] = _number(0.001, 1000)
+        options["fps"] = number(0.001, 1000)
     url = {"type": "string", "description": "http(s): or data: with base64"}
     return {
         "type": "object",
@@ -133,7 +138,7 @@ PART: dict[str, Any] = {
     "oneOf": [
         _part("text", {"type": "string"}),
         _part("refusal", {"type": "string", "description": "of an earlier answer; read as text"}),
-        _part("image_url", _source("image"), modalities=_choice("image", "multi-images")),
+        _part("image_url", _source("image"), modalities=choice("image", "multi-images")),
         _part("video_url", _source("video")),
         _part("audio_url", _source("audio")),
         _part(
@@ -169,16 +174,17 @@ MESSAGE: dict[str, Any] = {
     "properties": {
         "role": {"enum": list(ROLES)},
         "content": {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "minItems": 1, "items": PART}]},
-        "name": _text(),
+        "name": text(),
         "tool_calls": {"type": ["array", "null"], "items": _CALL, "description": "of an assistant's message"},
-        "tool_call_id": _text("of a message of role `tool`: the call that it answers"),
-        "reasoning_content": _text("of an assistant's message"),
+        "tool_call_id": text("of a message of role `tool`: the call that it answers"),
+        "reasoning_content": text("of an assistant's message"),
         # what clients give back of an answer
         **{name: {"enum": [None, ""]} for name in ("refusal", "audio", "function_call")},
         "annotations": {"type": ["array", "null"], "maxItems": 0},
     },
     "additionalProperties": False,
 }
+MESSAGES: dict[str, Any] = {"type": "array", "minItems": 1, "items": MESSAGE}
 _NAMED: dict[str, Any] = {
     "type": "object",
     "required": ["type", "function"],
@@ -195,7 +201,7 @@ _NAMED: dict[str, Any] = {
 }
 TOOL_CHOICE: dict[str, Any] = {
     "anyOf": [
-        _choice(*CHOICES),
+        choice(*CHOICES),
         _NAMED,
         {
             "type": "object",
@@ -226,9 +232,9 @@ TOOL: dict[str, Any] = {
             "required": ["name"],
             "properties": {
                 "name": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"},
-                "description": _text(),
+                "description": text(),
                 "parameters": {"type": ["object", "null"], "description": "JSON Schema of the arguments"},
-                "strict": _BOOLEAN,
+                "strict": BOOLEAN,
             },
             "additionalProperties": False,
         },
@@ -253,10 +259,10 @@ RESPONSE_FORMAT: dict[str, Any] = {
                     "type": "object",
                     "required": ["schema"],
                     "properties": {
-                        "name": _text(),
-                        "description": _text(),
+                        "name": text(),
+                        "description": text(),
                         "schema": {"type": "object"},
-                        "strict": _BOOLEAN | {"description": "the schema is always kept to"},
+                        "strict": BOOLEAN | {"description": "the schema is always kept to"},
                     },
                     "additionalProperties": False,
                 },
@@ -268,9 +274,9 @@ RESPONSE_FORMAT: dict[str, Any] = {
 STREAM_OPTIONS: dict[str, Any] = {
     "type": ["object", "null"],
     "properties": {
-        "include_usage": _BOOLEAN,
-        "include_obfuscation": _BOOLEAN,
-        "continuous_usage_stats": _choice(False),
+        "include_usage": BOOLEAN,
+        "include_obfuscation": BOOLEAN,
+        "continuous_usage_stats": choice(False),
     },
     "additionalProperties": False,
     "description": "only with `stream: true`",
@@ -278,7 +284,7 @@ STREAM_OPTIONS: dict[str, Any] = {
 # Those of OpenAI's fields that have no effect here, with the values that ask for nothing else.
 _NEUTRAL: dict[str, dict[str, Any]] = {
     "audio": {"type": "null"},
-    "function_call": _choice("none", "auto"),
+    "function_call": choice("none", "auto"),
     "functions": {"type": ["array", "null"], "maxItems": 0},
     "metadata": {
         "type": ["object", "null"],
@@ -286,44 +292,44 @@ _NEUTRAL: dict[str, dict[str, Any]] = {
         "propertyNames": {"maxLength": 64},
         "additionalProperties": {"type": "string", "maxLength": 512},
     },
-    "modalities": _choice(["text"]),
+    "modalities": choice(["text"]),
     "moderation": {"type": "null"},
     "prediction": {"type": "null"},
-    "prompt_cache_key": _text("every prompt is cached"),
+    "prompt_cache_key": text("every prompt is cached"),
     "prompt_cache_options": {
         "type": ["object", "null"],
-        "properties": {"mode": _choice("implicit"), "ttl": {"type": "null"}},
+        "properties": {"mode": choice("implicit"), "ttl": {"type": "null"}},
         "additionalProperties": False,
     },
-    "prompt_cache_retention": _choice("in_memory", "24h"),
-    "safety_identifier": _text(),
-    "service_tier": _choice("auto", "default"),
-    "store": _choice(False),
-    "user": _text(),
-    "verbosity": _choice("medium"),
+    "prompt_cache_retention": choice("in_memory", "24h"),
+    "safety_identifier": text(),
+    "service_tier": choice("auto", "default"),
+    "store": choice(False),
+    "user": text(),
+    "verbosity": choice("medium"),
     "web_search_options": {"type": "null"},
 }
 _CHAT: dict[str, dict[str, Any]] = {
     "model": {"type": "string", "description": "the served name, or `default`"},
-    "messages": {"type": "array", "minItems": 1, "items": MESSAGE},
-    "stream": _BOOLEAN | {"description": "answer as server-sent events"},
+    "messages": MESSAGES,
+    "stream": BOOLEAN | {"description": "answer as server-sent events"},
     "stream_options": STREAM_OPTIONS,
-    "priority": _integer(-(2**31)) | {"description": "requests with a higher one go first"},
-    "cache_salt": _text("share the prefix cache with requests of the same salt alone", maxLength=MAX_SALT),
-    "return_timings": _BOOLEAN | {"description": "tell at the end what the time went to"},
+    "priority": integer(-(2**31)) | {"description": "requests with a higher one go first"},
+    "cache_salt": text("share the prefix cache with requests of the same salt alone", maxLength=MAX_SALT),
+    "return_timings": BOOLEAN | {"description": "tell at the end what the time went to"},
     "response_format": RESPONSE_FORMAT,
-    "regex": _text("the whole answer matches this; in place of `response_format`", minLength=1),
-    "ebnf": _text("a grammar (GBNF, start rule `root`); in place of `response_format`", minLength=1),
-    "max_completion_tokens": _integer(1) | {"description": "tokens of the answer at most; wins over `max_tokens`"},
+    "regex": text("the whole answer matches this; in place of `response_format`", minLength=1),
+    "ebnf": text("a grammar (GBNF, start rule `root`); in place of `response_format`", minLength=1),
+    "max_completion_tokens": integer(1) | {"description": "tokens of the answer at most; wins over `max_tokens`"},
     "tools": {"type": ["array", "null"], "maxItems": MAX_TOOLS, "items": TOOL},
     "tool_choice": TOOL_CHOICE,
-    "parallel_tool_calls": _BOOLEAN,
-    "reasoning_effort": _choice(*REASONING_EFFORTS),
-    "separate_reasoning": _BOOLEAN | {"description": "reasoning in `reasoning_content`, not in `content` (default)"},
-    "stream_reasoning": _BOOLEAN | {"description": "as it comes (default), not in one piece at its end"},
+    "parallel_tool_calls": BOOLEAN,
+    "reasoning_effort": choice(*REASONING_EFFORTS),
+    "separate_reasoning": BOOLEAN | {"description": "reasoning in `reasoning_content`, not in `content` (default)"},
+    "stream_reasoning": BOOLEAN | {"description": "as it comes (default), not in one piece at its end"},
     "chat_template_kwargs": {"type": ["object", "null"], "description": "variables that the chat template reads"},
-    "add_generation_prompt": _BOOLEAN | {"description": "end where the assistant begins to speak (default)"},
-    "continue_final_message": _BOOLEAN | {"description": "go on with the last message, an assistant's"},
+    "add_generation_prompt": BOOLEAN | {"description": "end where the assistant begins to speak (default)"},
+    "continue_final_message": BOOLEAN | {"description": "go on with the last message, an assistant's"},
 }
 
 
@@ -337,6 +343,12 @@ def chat_body() -> dict[str, Any]:
         "properties": properties | neutral,
         "additionalProperties": False,
     }
+
+
+def chat_fields(*names: str) -> dict[str, Any]:
+    """Schemas of some fields of it, for endpoints that have them too."""
+    properties = chat_body()["properties"]
+    return {name: properties[name] for name in names}
 
 
 _LOGPROBS = {"type": ["object", "null"], "properties": {"content": {"type": ["array", "null"]}}}

@@ -24,6 +24,7 @@ from .documentation import described
 from .errors import in_openai_words
 from .fields import check_model, json_object, only, optional_boolean, parse_fields
 from .run import read
+from .schemas import BOOLEAN, MESSAGES, chat_fields
 from .service import Service
 
 _T = TypeVar("_T")
@@ -41,12 +42,12 @@ _TOKENIZE = {
     "properties": {
         "model": {"type": ["string", "null"]},
         "prompt": {"type": "string", "description": "either this"},
-        "messages": {"type": "array", "items": {"type": "object"}, "description": "or a chat, media and all"},
-        "add_special_tokens": {"type": ["boolean", "null"], "description": "of a prompt: those that begin a text"},
-        "return_token_strs": {"type": ["boolean", "null"]},
-        "add_generation_prompt": {"type": ["boolean", "null"]},
-        "continue_final_message": {"type": ["boolean", "null"]},
+        **chat_fields(*_CHAT),
+        "messages": MESSAGES | {"description": "or a chat, media and all"},
+        "add_special_tokens": BOOLEAN | {"description": "of a prompt: those that begin a text"},
+        "return_token_strs": BOOLEAN,
     },
+    "additionalProperties": False,
 }
 _TOKENS = {
     "type": "object",

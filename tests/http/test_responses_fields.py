@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from triptych.client.openai_api.answers import Answers
 from triptych.client.openai_api.errors import answer_to
 from triptych.client.openai_api.responses.answer import Answer
-from triptych.client.openai_api.responses.request import _OWN, _REFUSED, _SAME, ResponseCall, parse
+from triptych.client.openai_api.responses.request import _OWN, REFUSED, SAME, ResponseCall, parse
 from triptych.client.openai_api.responses.store import Store
 from triptych.python_models.contract.answer import Syntax
 from triptych.python_models.contract.delta import Delta, TokenLogprob, Usage
@@ -221,7 +221,7 @@ ITEM = st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=200)
 @given(
-    change=st.dictionaries(st.sampled_from(sorted({*_SAME, *_OWN, *_REFUSED})), JSON, max_size=3),
+    change=st.dictionaries(st.sampled_from(sorted({*SAME, *_OWN, *REFUSED})), JSON, max_size=3),
     given_input=JSON | st.lists(ITEM, max_size=3),
 )
 def test_whatever_the_body_holds_it_is_read_or_refused(change: dict[str, Any], given_input: Any) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from triptych.python_models.contract.sampling import MAX_TOP_LOGPROBS
+
 from ..documentation import Schema
+from ..schemas import BOOLEAN, chat_fields, choice, integer, text
+from .request import REFUSED, SAME
 
 BODY: Schema = {
     "type": "object",
@@ -14,20 +18,30 @@ BODY: Schema = {
             "description": "a question, or items: messages with input_text, input_image, input_audio and video_url "
             "parts, calls of functions and what they gave",
         },
-        "instructions": {"type": ["string", "null"]},
-        "previous_response_id": {"type": ["string", "null"]},
-        "max_output_tokens": {"type": ["integer", "null"], "minimum": 1},
-        "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 2},
-        "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
-        "top_logprobs": {"type": ["integer", "null"], "minimum": 0, "maximum": 20},
+        **chat_fields(*sorted({*SAME} - {"model"})),
+        "instructions": text(),
+        "previous_response_id": text(),
+        "max_output_tokens": integer(1),
+        "max_tool_calls": integer(1),
+        "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
         "include": {"type": ["array", "null"], "items": {"type": "string"}},
         "text": {"type": ["object", "null"], "description": "format: text, json_object or json_schema"},
+        "reasoning": {"type": ["object", "null"], "description": "effort"},
         "tools": {"type": ["array", "null"], "items": {"type": "object"}},
         "tool_choice": {"type": ["string", "object", "null"]},
-        "metadata": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
-        "store": {"type": ["boolean", "null"]},
-        "stream": {"type": ["boolean", "null"]},
+        "store": BOOLEAN,
+        "stream_options": {
+            "type": ["object", "null"],
+            "properties": {"include_obfuscation": BOOLEAN},
+            "additionalProperties": False,
+        },
+        **chat_fields("prompt_cache_options"),
+        # what asks for nothing
+        **{name: choice() for name in REFUSED},
+        "background": choice(False),
+        "truncation": choice("disabled"),
     },
+    "additionalProperties": False,
 }
 RESPONSE: Schema = {
     "type": "object",

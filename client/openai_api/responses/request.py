@@ -16,7 +16,7 @@ from . import items
 from .store import Store, Stored
 
 # Fields that chat completions have under the same name and with the same meaning.
-_SAME = (
+SAME = (
     *("model", "metadata", "parallel_tool_calls", "temperature", "top_p", "stream"),
     *("moderation", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "user"),
     *CHAT_EXTRAS,
@@ -26,7 +26,7 @@ _OWN = (
     *("prompt_cache_options", "reasoning", "store", "stream_options", "text", "tool_choice", "tools", "top_logprobs"),
 )
 # Fields without effect here: the only value is the one that asks for nothing.
-_REFUSED: dict[str, Callable[[Any, str], None]] = {
+REFUSED: dict[str, Callable[[Any, str], None]] = {
     "access_programs": only(),
     "background": only(False),
     "background_options": only(),
@@ -90,8 +90,8 @@ def parse(body: bytes, served_model_name: str, lease_s: float, store: Store) -> 
         TriptychError: naming the field at fault and what is allowed.
     """
     data = json_object(body)
-    check.known_keys(data, (*_SAME, *_OWN, *_REFUSED), "")
-    for name, rule in _REFUSED.items():
+    check.known_keys(data, (*SAME, *_OWN, *REFUSED), "")
+    for name, rule in REFUSED.items():
         if data.get(name) is not None:
             rule(data[name], name)
     messages = items.Messages()
@@ -169,7 +169,7 @@ def _obfuscation(data: Mapping[str, Any], stream: bool) -> bool:
 
 def _chat_body(data: Mapping[str, Any], messages: items.Messages) -> dict[str, Any]:
     """The chat completion's fields; those that are null here are left out there."""
-    chat = {name: data[name] for name in _SAME if name in data} | {"messages": messages.found}
+    chat = {name: data[name] for name in SAME if name in data} | {"messages": messages.found}
     chat["max_completion_tokens"] = data.get("max_output_tokens")
     for name, rule in (("max_tool_calls", _at_least_one), ("prompt_cache_options", NEUTRAL["prompt_cache_options"])):
         if data.get(name) is not None:

@@ -27,7 +27,7 @@ _OWN = (
     *("return_logprob", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs", "modalities"),
 )
 # Fields without effect here, and the only value, beside null, that asks for nothing.
-_REFUSED: dict[str, Callable[[Any, str], None]] = {
+REFUSED: dict[str, Callable[[Any, str], None]] = {
     "custom_logit_processor": only(),
     "input_embeds": only(),
     "log_metrics": only(True, False),
@@ -95,8 +95,8 @@ def parse(body: bytes, lease_s: float) -> GenerateCall:
         TriptychError: naming the field at fault and what is allowed.
     """
     data = json_object(body)
-    check.known_keys(data, (*_OWN, *_REFUSED), "")
-    for name, rule in _REFUSED.items():
+    check.known_keys(data, (*_OWN, *REFUSED), "")
+    for name, rule in REFUSED.items():
         if data.get(name) is not None:
             rule(data[name], name)
     _modalities(data.get("modalities"))

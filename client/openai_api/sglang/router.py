@@ -24,10 +24,11 @@ from ..documentation import described
 from ..fields import json_object, optional_boolean
 from ..generation import Generation
 from ..run import TEXT_STAGES, Run, read
+from ..schemas import BOOLEAN, chat_fields, choice, text
 from ..service import Service
 from ..tokens import spell
 from .answer import Answers, failed
-from .request import parse
+from .request import REFUSED, parse
 
 HEALTH_S = 20.0
 MAX_FLUSH_WAIT_S = 600.0
@@ -50,7 +51,16 @@ _GENERATE = {
         "stream": {"type": ["boolean", "null"]},
         "return_logprob": {"anyOf": [{"type": ["boolean", "null"]}, {"type": "array", "items": {"type": "boolean"}}]},
         "top_logprobs_num": {},
+        "logprob_start_len": {},
+        "return_text_in_logprobs": BOOLEAN,
+        "modalities": {},
+        "priority": chat_fields("priority")["priority"],
+        "extra_key": text("the prefix cache is shared with requests of the same key alone"),
+        **{name: choice() for name in REFUSED},
+        "log_metrics": BOOLEAN,
+        "return_hidden_states": choice(False),
     },
+    "additionalProperties": False,
 }
 _ANSWER = {
     "type": "object",
@@ -59,7 +69,8 @@ _ANSWER = {
 }
 _ABORT = {
     "type": "object",
-    "properties": {"rid": {"type": ["string", "null"]}, "abort_all": {"type": ["boolean", "null"]}},
+    "properties": {"rid": text(), "abort_all": BOOLEAN, "abort_message": text("not used")},
+    "additionalProperties": False,
 }
 _FLUSHED = (
     "Cache flushed.\nPlease check backend logs for more details. (When there are running or waiting requests, the "
@@ -131,7 +142,9 @@ def router(service: Service) -> APIRouter:
         del call
         return await run.answer(writer, stream, failed)
 
-    @routes.post("/abort_request", **described("End a request", "By its `rid`, or all.", body=_ABORT, tag=_TAG))
+    @routes.post(
+        "/abort_request", **described("End a request", "By its `rid`, or all.", body=_ABORT, answer_type=None, tag=_TAG)
+    )
     async def abort(request: Request) -> Response:
         data = json_object(await _small_body(request, service))
         check.known_keys(data, ("rid", "abort_all", "abort_message"), "")
