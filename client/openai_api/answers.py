@@ -38,8 +38,10 @@ class Answers:
         events = parser.feed(delta.text) if delta.text else []
         if delta.finish_reason:
             events += parser.finish()
-        self._calls[delta.index] = self._calls.get(delta.index, 0) + sum(isinstance(event, Call) for event in events)
-        return joined(events)
+        for event in events:
+            if type(event) is Call:
+                self._calls[delta.index] = self._calls.get(delta.index, 0) + 1
+        return joined(events) if len(events) > 1 else events
 
     def calls(self, index: int) -> int:
         """How many calls a choice has made so far."""

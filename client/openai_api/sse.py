@@ -29,6 +29,7 @@ DONE = b"data: [DONE]\n\n"
 _PAD = 64
 _IMPOSSIBLE = -9999.0
 _DELTA = b',"delta":{"content":'
+_REASONING = b',"delta":{"reasoning_content":'
 
 
 class EventStream(Response):
@@ -133,7 +134,12 @@ class Completion:
             parts = [{"content": ""}]
         out, found = b"", logprobs(delta.logprobs)
         for part in parts:
-            out += self._chunk([self._choice(delta.index, part, found)])
+            if found is None and "content" in part:
+                out += self._text_chunk(delta.index, part["content"])
+            elif found is None and "reasoning_content" in part and not self.include_obfuscation:
+                out += self._text_chunk(delta.index, part["reasoning_content"], _REASONING)
+            else:
+                out += self._chunk([self._choice(delta.index, part, found)])
             found = None
         if delta.finish_reason:
             reason = answers.finish_reason(delta)
@@ -186,12 +192,12 @@ class Completion:
         }
         return head | {"service_tier": self.service_tier} if self.service_tier else head
 
-    def _text_chunk(self, index: int, text: str) -> bytes:
+    def _text_chunk(self, index: int, text: str, start: bytes = _DELTA) -> bytes:
         """As :meth:`_chunk` would write it: nearly every chunk is of this form, and most of it is always the same."""
         if self.include_obfuscation:
             return self._chunk([self._choice(index, {"content": text})])
         before, after = self._around
-        return b"%s%d%s%s%s" % (before, index, _DELTA, json.dumps(text, ensure_ascii=False).encode(), after)
+        return b"%s%d%s%s%s" % (before, index, start, json.dumps(text, ensure_ascii=False).encode(), after)
 
     @cached_property
     def _around(self) -> tuple[bytes, bytes]:

@@ -346,6 +346,8 @@ def _begun(text: str, *marks: str) -> int:
     """Characters at the end of a text that may be the beginning of a mark."""
     held = 0
     for mark in marks:
+        if mark[0] not in text[-len(mark) :]:
+            continue
         for size in range(min(len(mark) - 1, len(text)), held, -1):
             if text.endswith(mark[:size]):
                 held = size
