@@ -39,10 +39,13 @@ class LocalEnsemble:
             TriptychError: what a stage says when it cannot load.
         """
         self._telemetry = telemetry or NoTelemetry()
-        self.stages: dict[str, Stage] = {
-            name: stage_class(name)(settings, self._telemetry, device if spec.uses_gpu else "cpu")
-            for name, spec in STAGES.items()
-        }
+        self.stages: dict[str, Stage] = {}
+        try:
+            for name, spec in STAGES.items():
+                self.stages[name] = stage_class(name)(settings, self._telemetry, device if spec.uses_gpu else "cpu")
+        except BaseException:
+            self.close()
+            raise
 
     def start(
         self,

@@ -7,7 +7,6 @@ Pictures become uncompressed TIFF files, frames of videos uncompressed AVI files
 
 from __future__ import annotations
 
-import binascii
 import io
 import os
 import struct
@@ -15,14 +14,15 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
-import pybase64
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
+
+from .data_url import of_data_url
 
 _CHANNELS = (1, 3, 4)
 _ORIENTATION_TAG = 0x0112
@@ -68,31 +68,10 @@ def _of_text(value: str, where: str) -> bytes | str:
     if scheme in ("http", "https"):
         return value
     if scheme == "data":
-        return _data_url(value, where)
+        return of_data_url(value, where)
     if scheme == "file":
         return _read(Path(unquote(urlsplit(value).path)), where)
     return _read(Path(value).expanduser(), where)
-
-
-def _data_url(url: str, where: str) -> bytes:
-    head, comma, payload = url.partition(",")
-    if not comma:
-        raise invalid(f"{where} is not a data: URL: it has no comma before its data", where)
-    if not head.lower().endswith(";base64"):
-        return unquote_to_bytes(payload)
-    return base64(unquote(payload) if "%" in payload else payload, where)
-
-
-def base64(text: str, where: str) -> bytes:
-    """Decode base64; line breaks in it are common and change nothing.
-
-    Raises:
-        TriptychError: INVALID_REQUEST where it is none.
-    """
-    try:
-        return pybase64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise invalid(f"{where} is not valid base64: {error}", where) from None
 
 
 def _read(path: Path, where: str) -> bytes:

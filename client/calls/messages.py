@@ -12,6 +12,7 @@ from triptych.python_models.contract.errors import invalid
 from triptych.python_models.contract.request import MODALITIES
 
 from . import media
+from .data_url import of_base64
 
 Conversation = str | Sequence[Mapping[str, Any]]
 """Messages, oldest first; a string is one message of the user."""
@@ -79,7 +80,7 @@ def _part(value: Any, where: str, blobs: list[bytes]) -> Any:
         field = f"{where}.input_audio"
         source = check.mapping(value["input_audio"], field) if "input_audio" in value else {}
         check.known_keys(source, ("data", "format"), field)
-        data = media.base64(check.string(source.get("data"), f"{field}.data"), f"{field}.data")
+        data = of_base64(check.string(source.get("data"), f"{field}.data"), f"{field}.data")
         return part("audio", data, where, blobs, {})
     if kind == "text":
         return value

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import binascii
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
-import pybase64
-
+from triptych.client.calls.data_url import of_base64, of_data_url
 from triptych.python_models.contract import _check as check
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
 from triptych.python_models.contract.request import (
@@ -25,7 +22,6 @@ from triptych.python_models.contract.tools import TURN_FIELDS, may_be_silent, tu
 
 AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
 PART_TYPES = ("text", "image_url", "video_url", "audio_url", "input_audio")
-_WHITESPACE = str.maketrans("", "", " \t\r\n")
 # What an OpenAI client sends back when it appends an answer to the conversation; nothing here makes any of them.
 _EMPTY_IN_MESSAGE = ("refusal", "audio", "function_call", "annotations")
 
@@ -76,7 +72,7 @@ def item(modality: str, value: Any, where: str, blobs: list[bytes]) -> MediaPart
         return replace(item(modality, value.get("url"), f"{where}.url", blobs), options=options)
     if ":" in check.string(value, where)[:16]:
         return _from_url(modality, {"url": value}, where, blobs)
-    return _blob(modality, _base64(value, where), where, blobs)
+    return _blob(modality, of_base64(value, where), where, blobs)
 
 
 def _message(value: Any, where: str, blobs: list[bytes]) -> Message:
@@ -159,7 +155,7 @@ def _input_audio(data: Mapping[str, Any], where: str, blobs: list[bytes]) -> Med
             f"{where}.input_audio.format",
         )
     field = f"{where}.input_audio.data"
-    return _blob("audio", _base64(check.string(source.get("data"), field), field), field, blobs)
+    return _blob("audio", of_base64(check.string(source.get("data"), field), field), field, blobs)
 
 
 def _source(data: Mapping[str, Any], kind: str, keys: Iterable[str], where: str) -> Mapping[str, Any]:
@@ -187,11 +183,11 @@ def _from_url(modality: str, source: Mapping[str, Any], field: str, blobs: list[
     url = check.string(source.get("url"), field)
     if url[:5].lower() == "data:":
         # megabytes, which base64 alone is to read
-        return _blob(modality, _data_url(url, field), field, blobs)
+        return _blob(modality, of_data_url(url, field), field, blobs)
     url = text(url, field).strip()
     scheme = url.partition(":")[0].lower() if ":" in url else ""
     if scheme == "data":
-        return _blob(modality, _data_url(url, field), field, blobs)
+        return _blob(modality, of_data_url(url, field), field, blobs)
     if scheme in ("http", "https"):
         return MediaPart(modality, url=url)
     found = f"a URL with scheme {scheme!r}" if scheme.isalnum() and scheme else "no URL"
@@ -200,30 +196,6 @@ def _from_url(modality: str, source: Mapping[str, Any], field: str, blobs: list[
         "this server reads no files by path",
         field,
     )
-
-
-def _data_url(url: str, field: str) -> bytes:
-    head, comma, payload = url.partition(",")
-    head = head[len("data:") :]
-    if not comma:
-        raise invalid(f"{field} is not a data: URL: it has no comma before its data", field)
-    if head.lower().endswith(";base64"):
-        if "%" in payload:
-            payload = unquote_to_bytes(payload).decode("ascii", "replace")
-        return _base64(payload, field)
-    return unquote_to_bytes(text(payload, field))
-
-
-def _base64(data: str, field: str) -> bytes:
-    try:
-        return pybase64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        pass
-    # Line breaks are common in hand-made base64 and change nothing.
-    try:
-        return pybase64.b64decode(data.translate(_WHITESPACE), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise invalid(f"{field} is not valid base64: {error}", field) from None
 
 
 def _blob(modality: str, data: bytes, field: str, blobs: list[bytes]) -> MediaPart:
