@@ -23,7 +23,7 @@ TRITON_KEY = "TRIPTYCH_TRITON_KEY"
 # What fits into a header without quoting.
 _KEY = re.compile(r"[!-+\--~]+")
 # ... and into an option of tritonserver
-_TRITON_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_TRITON_KEY = re.compile(r"[A-Za-z0-9_-]{16,}")
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
@@ -143,7 +143,7 @@ def take_triton_key(args: argparse.Namespace, environment: MutableMapping[str, s
             raise CommandError(f"--open-triton-management and {TRITON_KEY} contradict each other", "use one")
         return ""
     if given is not None and not _TRITON_KEY.fullmatch(given):
-        raise CommandError(f"{TRITON_KEY} must be of letters, digits, - and _")
+        raise CommandError(f"{TRITON_KEY} must be at least 16 letters, digits, - and _")
     return given
 
 

@@ -94,12 +94,13 @@ def test_keys_that_cannot_be_are_refused_without_showing_them(
 def test_the_key_of_the_triton_server() -> None:
     assert access.take_triton_key(serve_args(), {}) is None
     assert access.take_triton_key(serve_args("--open-triton-management"), {}) == ""
-    environment = {access.TRITON_KEY: "abc"}
-    assert access.take_triton_key(serve_args(), environment) == "abc"
+    key = "abcdefgh-ABCDEF_0123"
+    environment = {access.TRITON_KEY: key}
+    assert access.take_triton_key(serve_args(), environment) == key
     assert environment == {}
-    for args, key in ((["--open-triton-management"], "abc"), ([], "a:b"), ([], "")):
+    for args, wrong in ((["--open-triton-management"], key), ([], f"{key}:"), ([], key[:15]), ([], "")):
         with pytest.raises(CommandError, match=access.TRITON_KEY):
-            access.take_triton_key(serve_args(*args), {access.TRITON_KEY: key})
+            access.take_triton_key(serve_args(*args), {access.TRITON_KEY: wrong})
 
 
 def test_a_secret_leaves_the_command_line() -> None:
