@@ -16,12 +16,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Playwright, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Playwright, Request, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 MEDIA = ROOT / "examples" / "media"
 # Generous: the machines that run tests are small and busy.
 WAIT_MS = 120_000
+expect.set_options(timeout=WAIT_MS)
 # A microphone that beeps, and nothing that the browser would ask the network for by itself.
 ARGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),

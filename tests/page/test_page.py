@@ -291,3 +291,26 @@ def test_a_server_that_cannot_be_reached_is_shown_in_place(play: Play) -> None:
     play.page.context.set_offline(False)
     assert "Triptych" in play.ask("Who are you?")
     assert len(play.asked[-1]["messages"]) == 1
+
+
+def test_reasoning_and_an_error_in_the_middle_of_an_answer(play: Play) -> None:
+    """Chunks made by hand: the built-in model does not reason, and its server does not fail when asked to."""
+    chunks: list[dict[str, object]] = [
+        {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+        for delta in ({"role": "assistant"}, {"reasoning_content": "Let me *see*."}, {"content": "It is **red"})
+    ]
+    chunks.append({"error": {"message": "the stage language_model died", "code": "stage_dead"}})
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+    play.page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body), times=1
+    )
+    play.send("What colour?")
+    play.wait_for("failed")
+    answer = play.answers.last
+    expect(answer.get_by_role("alert")).to_contain_text("the stage language_model died")
+    expect(answer).to_contain_text("It is **red")
+    answer.get_by_text("Reasoning").click()
+    expect(answer.locator(".reasoning em")).to_have_text("see")
+    # what was written is part of the conversation; what was thought is not
+    play.ask("Who are you?")
+    assert play.asked[-1]["messages"][1] == {"role": "assistant", "content": "It is **red"}

@@ -39,10 +39,14 @@ export function Composer({ running, onSend, onStop, ref }: Props) {
 
   const add = useCallback(
     (files: Iterable<File>) => {
-      const given = [...files];
-      const found = given.flatMap((file) => fromFile(file) ?? []);
-      const others = given.filter((file) => !found.some((medium) => medium.name === file.name));
-      setProblem(others.map((file) => `${file.name} is no picture, video or sound.`).join(' '));
+      const found: Medium[] = [];
+      const others: string[] = [];
+      for (const file of files) {
+        const medium = fromFile(file);
+        if (medium === undefined) others.push(`${file.name} is no picture, video or sound.`);
+        else found.push(medium);
+      }
+      setProblem(others.join(' '));
       setMedia((before) => [...before, ...found]);
       focus();
     },
