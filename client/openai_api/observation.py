@@ -149,7 +149,8 @@ class Observer:
             given = {}
         observation = Observation(request_id, method, path, time.time(), given)
         observation.with_text = self._log_requests == "contents"
-        if self._tracing is not None:
+        # probes and scrapes would drown what is asked
+        if self._tracing is not None and method == "POST":
             self._tracing.begin(observation)
         return _current.set(observation)
 
@@ -180,7 +181,7 @@ class Observer:
             log.error("%s", logs.failure(error, "the endpoint"), extra=self._facts(seen, status, route, now))
         elif self._log_requests != "off" and (seen.parts or status >= 400):
             log.info("%s %s %d", seen.method, seen.path, status, extra=self._facts(seen, status, route, now))
-        if self._tracing is not None:
+        if self._tracing is not None and seen.span is not None:
             self._tracing.end(seen, status, error, route, now)
 
     def _facts(self, seen: Observation, status: int, route: str, now: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ they are answered in :meth:`EncoderStage.submit`.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ import torch
 
 from ..contract.errors import ErrorKind, TriptychError, invalid
 from ..contract.features import EncoderItem, unpack
+from ..contract.logs import about
 from ..contract.settings import Settings
 from ..families.base import Encoder, PrunedRows
 from ..families.checkpoint import find_checkpoint
@@ -25,6 +27,8 @@ from ..families.loading import stage_dtype
 from ..families.registry import load_family
 from ..stage import Responder, Stage, Telemetry
 from .cache import EmbeddingCache
+
+_log = logging.getLogger(__name__)
 
 Rows = torch.Tensor | PrunedRows
 
@@ -310,6 +314,8 @@ class EncoderStage(Stage):
                 job.responder.send(answer, final=True)
 
     def _blame(self, job: _Job, error: Exception) -> TriptychError:
+        if not isinstance(error, TriptychError):
+            _log.error("the encoder failed", exc_info=error, extra=about(job.request_id))
         kind = error.kind if isinstance(error, TriptychError) else ErrorKind.STAGE_FAILED
         cause = str(error) if isinstance(error, TriptychError) else f"{type(error).__name__}: {error}"
         request = f"request {job.request_id}" if job.request_id else "a request"

@@ -13,6 +13,7 @@ import torch
 
 from ..contract.errors import ErrorKind, TriptychError
 from ..contract.generate import Renderer
+from ..contract.logs import about
 from ..contract.settings import Settings
 from ..families.base import Decoder
 from ..stage import Responder, Stage, Telemetry
@@ -130,7 +131,7 @@ class LanguageModelStage(Stage):
             self.telemetry.add("triptych_requests_total", outcome=error.kind.value)
             responder.fail(error)
         except Exception as error:
-            logger.exception("request %r cannot be read", request_id)
+            logger.exception("a request cannot be read", extra=about(request_id))
             self.telemetry.add("triptych_requests_total", outcome=ErrorKind.STAGE_FAILED.value)
             message = f"the language model cannot read this request: {type(error).__name__}: {error}"
             responder.fail(TriptychError(ErrorKind.STAGE_FAILED, message, None, "language_model"))

@@ -25,6 +25,7 @@ from ..contract.errors import ErrorKind, TriptychError, invalid
 from ..contract.features import pack
 from ..contract.generate import Form, in_caller_words
 from ..contract.generate import read as read_generate
+from ..contract.logs import about
 from ..contract.plan import Plan
 from ..contract.request import ChatRequest
 from ..contract.settings import Settings
@@ -225,7 +226,7 @@ class PreprocessStage(Stage):
         elif isinstance(problem := task.exception(), TriptychError):
             error = problem
         elif problem is not None:
-            _log.error("preprocess failed on request %r", job.request_id, exc_info=problem)
+            _log.error("preprocess failed", exc_info=problem, extra=about(job.request_id))
             error = TriptychError(
                 ErrorKind.STAGE_FAILED,
                 f"preprocess failed on request {job.request_id!r}; the server's log has the details",

@@ -211,7 +211,7 @@ def test_a_request_has_a_line_with_its_ids_and_times(telling: Any, parts: Any, f
     assert line["answers"] == [answer.json()["choices"][0]["message"]["content"]]
 
 
-def test_a_stage_tells_of_what_it_failed_on(telling: Any) -> None:
+def test_stages_tell_in_the_same_form(telling: Any) -> None:
     lines = lines_of(telling.log.read_text(errors="replace"))
     assert {line["source"] for line in lines} >= {"language_model"}
     assert any(line["message"].startswith("engine: ") for line in lines)

@@ -53,7 +53,7 @@ class Response:
 
 
 class Error(Exception):
-    INTERNAL = CANCELLED = 1
+    INTERNAL = CANCELLED = INVALID_ARG = 1
 
     def __init__(self, text: str, code: int) -> None:
         super().__init__(text)
@@ -211,3 +211,19 @@ def test_closing_sends_what_waits(responder_module: Any, sender: Any, monkeypatc
     assert [t for delta in wire.deltas() for t in delta.token_ids] == list(range(9))
     assert wire.sent[-1][1]
     assert wire.sent[-1][0].error is not None
+
+
+def test_a_failure_has_one_line_in_the_stage_where_it_happened(sender: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def fail(request_id: str, error: TriptychError) -> None:
+        wire = Wire()
+        responder = sender.responder(wire, request_id)
+        responder.fail(error)
+        responder.fail(error)
+        wire.wait(1)
+
+    fail("chatcmpl-1", TriptychError(ErrorKind.STAGE_FAILED, "RuntimeError: broken"))
+    fail("chatcmpl-2", TriptychError(ErrorKind.STAGE_FAILED, "broken there", stage="vision_encoder"))
+    fail("chatcmpl-3", TriptychError(ErrorKind.INVALID_REQUEST, "max_tokens is wrong", "max_tokens"))
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert record.getMessage().startswith("language_model failed (stage_failed): RuntimeError: broken; ")
+    assert record.__dict__["request_id"] == "chatcmpl-1"

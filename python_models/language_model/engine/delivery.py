@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ...contract.answer import Syntax
 from ...contract.delta import Delta, TokenLogprob, Usage
 from ...contract.errors import TriptychError
+from ...contract.logs import about
 from ...contract.sampling import SamplingParams
 from ...contract.timings import PreprocessTimes, Timings
 from ...stage import Responder, Telemetry
@@ -90,7 +91,7 @@ class Answer:
             else:
                 self.responder.send(content, final=final)
         except Exception:
-            logger.exception("the responder of request %r failed", self.request_id)
+            logger.exception("a responder failed", extra=about(self.request_id))
             return False
         return True
 

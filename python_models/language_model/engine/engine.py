@@ -16,6 +16,7 @@ import torch
 
 from ...contract.delta import Delta
 from ...contract.errors import ErrorKind, TriptychError
+from ...contract.logs import about
 from ...stage import Responder, Telemetry
 from ..runner.step import Runner
 from .admission import Admission, Submission
@@ -220,7 +221,7 @@ class Engine:
                 state.grammar = GrammarState(outcome, stop_ids, self._runner.vocab_size)
                 state.needs_history, state.plain = True, False
         except Exception as failure:
-            logger.exception("the grammar of request %r cannot be used", answer.request_id)
+            logger.exception("a grammar cannot be used", extra=about(answer.request_id))
             error = _stage_failed(failure)
             self._post(lambda: self._fail(answer, error))
             return

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ...contract.errors import ErrorKind, TriptychError
+from ...contract.logs import about
 from ..runner.step import Runner
 from .request import Request, Work
 from .sampler import Pending, Sampled, Sampler, SampleRow
@@ -211,7 +212,7 @@ class Pipeline:
             except Exception as error:
                 if device_lost(error):
                     raise
-                logger.exception("request %r fails by itself", request.request_id)
+                logger.exception("a request fails by itself", extra=about(request.request_id))
                 self._fail(request, error)
                 continue
             self.read_at = self._clock()
@@ -223,7 +224,7 @@ class Pipeline:
         except Exception as error:
             if device_lost(error):
                 raise
-            logger.exception("request %r failed", work.request.request_id)
+            logger.exception("a request failed", extra=about(work.request.request_id))
             self._fail(work.request, error)
 
 
