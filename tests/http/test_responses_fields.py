@@ -284,6 +284,15 @@ def test_an_answer_that_is_cut_off_is_incomplete() -> None:
     assert found[-1]["response"]["output"][0]["status"] == "incomplete"
 
 
+def test_an_answer_that_the_server_was_told_to_end_is_incomplete() -> None:
+    made = writer()
+    last = Delta(finish_reason="abort")
+    found = events(made.chunks(Delta("a", (1,), usage=Usage(5, 0, 1))) + made.chunks(last) + made.end([last]))
+    assert found[-1]["type"] == "response.incomplete"
+    assert found[-1]["response"]["incomplete_details"] is None
+    assert found[-1]["response"]["output"][0]["content"][0]["text"] == "a"
+
+
 def test_an_empty_answer_is_an_empty_text() -> None:
     whole = writer().whole([Delta("", (1,), (), "stop", 2, Usage(5, 0, 1))])
     assert whole["status"] == "completed"

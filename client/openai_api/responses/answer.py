@@ -11,14 +11,15 @@ from triptych.python_models.contract.errors import TriptychError
 
 from .. import sse
 from ..answers import Answers
+from ..generation import ABORTED
 from ..tool_parsers import Arguments, Call, Reasoning, Text
 from ..tool_parsers import Event as Piece
 from .output import CallItem, Event, Item, MessageItem, ReasoningItem
 
 _Item = TypeVar("_Item", bound=Item)
 
-# What a response that was cut off says of it.
-_INCOMPLETE = {"length": "max_output_tokens"}
+# What a response that was cut off says of it; OpenAI has no word for one that the server was told to end.
+_INCOMPLETE: dict[str, dict[str, str] | None] = {"length": {"reason": "max_output_tokens"}, ABORTED: None}
 
 
 class Answer:
@@ -146,10 +147,10 @@ class Answer:
         return list(item.end(status))
 
     def _finish(self, deltas: Iterable[Delta]) -> dict[str, Any]:
-        cut = _INCOMPLETE.get(self._reason)
+        cut = self._reason in _INCOMPLETE
         response = self._response("incomplete" if cut else "completed", usage(sse.total(deltas), self._cache_report))
         response["completed_at"] = None if cut else int(time.time())
-        response["incomplete_details"] = {"reason": cut} if cut else None
+        response["incomplete_details"] = _INCOMPLETE.get(self._reason)
         if self._keep is not None:
             self._keep(response)
         return response
