@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..contract.answer import Marks
-from ..contract.errors import TriptychError
+from ..contract.errors import TriptychError, invalid
 from ..contract.sampling import Grammar
 from ..contract.tools import Tool
 
@@ -126,7 +126,10 @@ def constrainable(form: str) -> bool:
 def of_text(grammar: Grammar) -> Format:
     """A grammar of a request as a format."""
     if grammar.type == "structural_tag":
-        found: Format = json.loads(grammar.value)["format"]
+        tag = json.loads(grammar.value)
+        if not isinstance(tag, dict) or not isinstance(tag.get("format"), dict):
+            raise invalid("grammar: a structural_tag must be an object with a format, which is an object", "grammar")
+        found: Format = tag["format"]
         return found
     if grammar.type == "regex":
         return {"type": "regex", "pattern": grammar.value}

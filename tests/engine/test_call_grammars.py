@@ -14,6 +14,7 @@ import pytest
 from triptych.client.openai_api.answers import Answers
 from triptych.python_models.contract.answer import Syntax
 from triptych.python_models.contract.delta import Delta
+from triptych.python_models.contract.errors import TriptychError
 from triptych.python_models.contract.request import TemplateInputs
 from triptych.python_models.contract.sampling import Grammar
 from triptych.python_models.contract.tools import Calling
@@ -167,6 +168,7 @@ def test_a_call_or_what_the_response_format_asks_for(compiler: Any) -> None:
         ("json_schema", '{"enum":["x"]}', '"x"'),
         ("regex", "[ab]{2}", "ab"),
         ("ebnf", 'root ::= "yes" | "no"', "no"),
+        ("structural_tag", '{"type": "structural_tag", "format": {"type": "regex", "pattern": "z+"}}', "zz"),
     ],
 )
 def test_a_grammar_begins_behind_reasoning(compiler: Any, kind: str, value: str, good: str) -> None:
@@ -180,3 +182,12 @@ def test_a_grammar_begins_behind_reasoning(compiler: Any, kind: str, value: str,
     assert allowed(compiler, closed, good)
     assert allowed(compiler, closed, f"<think>\nhm\n</think>\n\n{good}")
     assert not allowed(compiler, closed, "no reasoning at all")
+
+
+@pytest.mark.parametrize("value", ["true", "{}", '{"format": 1}'])
+def test_a_structural_tag_that_is_none(value: str) -> None:
+    with pytest.raises(TriptychError, match="structural_tag") as caught:
+        Written(Syntax("", "qwen3", True)).constrain(
+            TemplateInputs(separate_reasoning=True), Grammar("structural_tag", value)
+        )
+    assert caught.value.param == "grammar"
