@@ -261,7 +261,8 @@ class PromptWriter:
         options = {}
         if template.tools:
             if not self._takes_tools:
-                raise TriptychError(ErrorKind.UNSUPPORTED, "this model's chat template takes no tools", "tools")
+                message = "this model's chat template takes no tools; name one that does with --chat-template"
+                raise TriptychError(ErrorKind.UNSUPPORTED, message, "tools")
             options["tools"] = self._literally(list(template.tools), "tools", literals)
         for name, value in template.variables.items():
             where = f"chat_template_kwargs.{name}"
