@@ -189,7 +189,8 @@ async def _answer(request: Request, service: Service, translate: bool) -> Respon
 def _in_its_words(error: TriptychError) -> TriptychError:
     """An error about the chat that was made of the form."""
     error = in_openai_words(error, {"max_tokens": "max_completion_tokens"})
-    param = error.param and _FILE.sub("file", error.param)
+    # the sound is what makes such a chat too long, too
+    param = "file" if (error.param or "").startswith("messages") else error.param
     return TriptychError(error.kind, _FILE.sub("file", error.message), param, error.stage)
 
 

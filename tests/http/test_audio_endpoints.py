@@ -13,6 +13,7 @@ import pytest
 from triptych.client.openai_api import audio, form
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
 from triptych.python_models.contract.request import MediaPart, TextPart
+from triptych.python_models.families.base import refuse_modality
 
 NAME = "tiny-omni"
 FILE = ("voice.wav", b"RIFF", "audio/wav")
@@ -84,6 +85,17 @@ def test_it_takes_one_file(files: Any) -> None:
     with pytest.raises(TriptychError) as caught:
         audio.parse(body, content_type, False, "m", 10.0)
     assert caught.value.param in ("file", "other")
+
+
+def test_a_model_without_ears_says_so_of_the_file() -> None:
+    """What the stages say of the chat that was made of the form is told of the form."""
+    refused = audio._in_its_words(refuse_modality("messages[0].content[0]", "audio", "llava", {"image"}))
+    assert (refused.kind.status, refused.param) == (400, "file")
+    assert refused.message == "file: llava takes images, not audio"
+    too_long = TriptychError(ErrorKind.CONTEXT_LENGTH_EXCEEDED, "the prompt has 9 tokens", "messages")
+    assert audio._in_its_words(too_long).param == "file"
+    limit = TriptychError(ErrorKind.INVALID_REQUEST, "max_tokens must be at most 7", "sampling.max_tokens")
+    assert audio._in_its_words(limit).param == "max_completion_tokens"
 
 
 def test_a_translation_has_no_language() -> None:
