@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Protocol
@@ -114,7 +115,7 @@ class AsyncStream(AsyncIterator[Delta]):
 
         def deliver(item: Item) -> None:
             # after the end of its loop nobody is left to take it
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(items.put_nowait, item)
 
         self._items = items

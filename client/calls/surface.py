@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
@@ -445,7 +446,8 @@ async def _in_thread(work: Callable[[], _T]) -> _T:
             outcome: tuple[_T | None, BaseException | None] = work(), None
         except BaseException as error:  # noqa: BLE001 - handed to the task that waits
             outcome = None, error
-        if not loop.is_closed():
+        # after the end of its loop nobody is left to take it
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, *outcome)
 
     threading.Thread(target=run, name="triptych-batch", daemon=True).start()

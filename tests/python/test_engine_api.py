@@ -138,6 +138,12 @@ def test_what_an_answer_tells(engine: Engine) -> None:
     assert engine.chat("colour?", regex="red|blue", temperature=0).text in ("red", "blue")
 
 
+def test_the_caches_of_a_server_are_there(engine: Engine, make: Any) -> None:
+    question = user(Image.fromarray(make.pixels(9, 200, 160)), "what is this? " * 8)
+    first, second = (engine.chat(question, temperature=0, max_tokens=2).usage for _ in range(2))
+    assert first.cached_tokens < first.image_tokens < second.cached_tokens
+
+
 def test_reasoning_and_tool_calls_are_set_apart() -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     collected = Collector([tool])
