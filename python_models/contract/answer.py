@@ -14,10 +14,11 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Marks:
-    """What stands before and after reasoning."""
+    """What stands before and after reasoning; ``tokens`` are special tokens in it that are not the whole mark."""
 
     start: str
     end: str
+    tokens: tuple[str, ...] = ()
 
 
 _THINK = Marks("<think>", "</think>")
@@ -26,7 +27,7 @@ REASONING_PARSERS: Mapping[str, Marks] = MappingProxyType(
     {
         "deepseek-r1": _THINK,
         "ernie45": _THINK,
-        "gemma4": Marks("<|channel>thought\n", "<channel|>"),
+        "gemma4": Marks("<|channel>thought\n", "<channel|>", ("<|channel>",)),
         "glm45": _THINK,
         "kimi": Marks("◁think▷", "◁/think▷"),
         "mimo": _THINK,
@@ -126,5 +127,5 @@ class Syntax:
     def tokens(self) -> frozenset[str]:
         """Special tokens that belong to the text."""
         marks = self.marks
-        around = () if marks is None else (marks.start, marks.start.partition(">")[0] + ">", marks.end)
+        around = () if marks is None else (marks.start, marks.end, *marks.tokens)
         return frozenset((*TOOL_PARSERS.get(self.tools, ()), *around))

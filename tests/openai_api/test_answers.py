@@ -220,3 +220,10 @@ def test_special_tokens_that_mark_calls_are_kept(byte_level: bool, skip: bool, k
     detokenizer = Detokenizer(Vocabulary(Spelled(backend)), SamplingParams(skip_special_tokens=skip), kept)
     found = "".join(detokenizer.add(token).text for token in (1, 8, 2, 9, 2)) + detokenizer.finish()
     assert found == text
+
+
+def test_tokens_of_a_syntax() -> None:
+    assert Syntax().tokens == frozenset()
+    assert Syntax("llama3_json").tokens == {"<|python_tag|>"}
+    assert Syntax("", "gemma4").tokens == {"<|channel>", "<|channel>thought\n", "<channel|>"}
+    assert Syntax("phi4", "qwen3").tokens == {"<|tool_call|>", "<|/tool_call|>", "<think>", "</think>"}
