@@ -45,6 +45,14 @@ class MllamaPreprocessor(TransformersPreprocessor):
         images = [m.data.pixels for m in media["image"] if isinstance(m.data, Image)]
         return {"images": images, "images_kwargs": dict(RAW)}
 
+    def _call(self, text: str, grouped: Mapping[str, Sequence[Medium]]) -> Mapping[str, Any]:
+        # the processor begins every text itself, so that the tokenizer would do so twice
+        arguments = self.processor_arguments(grouped) if grouped else {}
+        result: Mapping[str, Any] = self.processor(
+            text=[text], return_tensors="pt", add_special_tokens=False, **arguments
+        )
+        return result
+
     def split_features(
         self, batch: Mapping[str, Any], media: Mapping[str, Sequence[Medium]]
     ) -> dict[str, list[Tensors]]:

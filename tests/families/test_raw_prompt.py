@@ -121,6 +121,19 @@ def test_sounds_and_pictures_in_any_order(tiny_checkpoint: Callable[[str], Path]
     assert prepared.items[0].spans < prepared.items[1].spans
 
 
+def test_a_text_begins_once(tiny_checkpoint: Callable[[str], Path]) -> None:
+    """Mllama's processor writes what begins a text, and so does its tokenizer."""
+    folder = tiny_checkpoint("mllama")
+    preprocessor: Any = load_family(Settings(model=str(folder))).load_preprocessor()
+    tokenizer = preprocessor.processor.tokenizer
+    theirs = tokenizer(["Hello"])["input_ids"][0]
+    assert theirs[0] == tokenizer.bos_token_id
+    for prompt in (RawPrompt("Hello"), RawPrompt(tokenizer.bos_token + "Hello"), RawPrompt(None, tuple(theirs))):
+        assert preprocessor.prepare(prompt, []).input_ids.tolist() == theirs
+    bare = preprocessor.prepare(RawPrompt("Hello", add_special_tokens=False), []).input_ids.tolist()
+    assert bare == theirs[1:]
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_continue_final_message(case: Case, plain: bool) -> None:
     """The answer goes on with the last message, written as transformers writes it."""

@@ -303,6 +303,19 @@ def test_abort(server: Any, quiet: None, stream: bool, everything: bool) -> None
     assert generate(server, text="Hello", rid="long-1")["meta_info"]["id"] == "long-1"
 
 
+def test_abort_of_a_chat_by_the_id_of_its_answer(server: Any, quiet: None, client: Any) -> None:
+    stream = client.chat.completions.create(
+        model="default",
+        messages=[{"role": "user", "content": "Go"}],
+        max_tokens=2000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    first = next(stream)
+    assert post(server, "/abort_request", {"rid": first.id}).status_code == 200
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "abort"
+
+
 def test_flush_cache_empties_the_caches(server: Any, quiet: None, parts: Any) -> None:
     text = f"{PICTURE}" + "tell me more of this " * 20
     picture = base64.b64encode(parts.picture(77)).decode()

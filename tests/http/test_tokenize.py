@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,30 @@ def test_refusals_name_the_field(server: Any, path: str, body: Any, param: str) 
     answer = post(server, path, body)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
+
+
+def test_a_client_that_goes_away_is_forgotten(server: Any, files: str) -> None:
+    """While its picture is still being fetched."""
+    part = {"type": "image_url", "image_url": {"url": f"{files}/slow.png"}}
+    data = json.dumps({"messages": [{"role": "user", "content": [part]}]}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+
+    def fetching() -> float:
+        found: float = server.metric("triptych_requests_running", stage="preprocess")
+        return found
+
+    def wait_for(count: int) -> None:
+        until = time.monotonic() + 50
+        while fetching() != count:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+    wait_for(0)
+    with socket.create_connection((host, int(port))) as link:
+        link.sendall(f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+        wait_for(1)
+    wait_for(0)
+    assert post(server, "/tokenize", {"prompt": "a"}).status_code == 200
 
 
 def test_another_model_is_not_found(server: Any) -> None:
