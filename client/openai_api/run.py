@@ -152,7 +152,11 @@ class Run:
         return found.members if isinstance(found, Generations) else (found,)
 
     async def answer(
-        self, writer: Writer, stream: bool, failed: Callable[[TriptychError], bytes] = sse.error_event
+        self,
+        writer: Writer,
+        stream: bool,
+        failed: Callable[[TriptychError], bytes] = sse.error_event,
+        holds_body: bool = False,
     ) -> Response:
         """The response; for a stream, once the engine has accepted the request.
 
@@ -160,10 +164,12 @@ class Run:
             writer: writes it.
             stream: as events.
             failed: the event of a failure after the stream began.
+            holds_body: the writer needs the body to the end, so it counts as held.
         """
         try:
             deltas = await self._next()
-            self._ticket.release_bytes()
+            if not holds_body:
+                self._ticket.release_bytes()
             if stream:
                 return sse.EventStream(self._events(writer, deltas, failed), self._close)
             while sum(bool(delta.finish_reason) for delta in deltas) < writer.n:

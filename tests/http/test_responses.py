@@ -224,3 +224,16 @@ def test_a_client_that_leaves_a_stream_leaves_nothing_behind(server: Any, client
     while server.metric("triptych_http_requests_running") and time.monotonic() < until:
         time.sleep(0.05)
     assert server.metric("triptych_http_requests_running") == 0
+
+
+def test_what_a_stored_response_holds_counts_until_it_ends(server: Any, client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"max_output_tokens": 400, "stream": True, "extra_body": {"ignore_eos": True}}
+    for store in (False, True):
+        with create(client, "hello", store=store, **fields) as stream:
+            next(iter(stream))
+            held = server.metric("triptych_http_inflight_bytes")
+        assert (held > 0) == store
+    until = time.monotonic() + 30
+    while server.metric("triptych_http_inflight_bytes") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert server.metric("triptych_http_inflight_bytes") == 0

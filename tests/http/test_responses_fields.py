@@ -391,8 +391,10 @@ def test_the_store_keeps_what_was_used_last_within_its_limit() -> None:
     assert [name for name in "abcd" if store.get(name)] == ["a", "c", "d"]
     assert store.bytes <= 8_000
     assert not store.put(response("e"), question("q"), None, 9_000)
-    assert store.bytes == 0
-    assert len(store) == 0
+    assert len(store) == 3
+    # with what it continues it would be too large
+    assert not store.put(response("f"), question("q"), store.get("a"), 5_000)
+    assert (store.bytes, len(store)) == (0, 0)
 
 
 def test_a_turn_lives_as_long_as_one_that_continues_it() -> None:
@@ -407,6 +409,24 @@ def test_a_turn_lives_as_long_as_one_that_continues_it() -> None:
     assert len(two.conversation()) == 4
     assert store.bytes == 2 * alone
     store.delete("two")
+    assert store.bytes == 0
+
+
+def test_a_response_may_be_forgotten_while_one_that_continues_it_is_made() -> None:
+    store = Store(100_000)
+    store.put(response("one"), question("q1"), None, 10)
+    alone, one = store.bytes, store.get("one")
+    store.delete("one")
+    assert store.bytes == 0
+    for name in ("two", "three"):
+        store.put(response(name), question("q2"), one, 10)
+    assert store.bytes == 3 * alone + 2
+    store.delete("two")
+    assert store.bytes == 2 * alone + 2
+    three = store.get("three")
+    assert three is not None
+    assert len(three.conversation()) == 4
+    store.delete("three")
     assert store.bytes == 0
 
 

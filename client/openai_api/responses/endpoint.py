@@ -82,10 +82,10 @@ async def _create(request: Request, service: Service, store: Store) -> Response:
         keep if call.store else None,
         Answers(chat.request.template.tools, chat.stream_reasoning),
     )
-    stream = chat.request.stream
-    # Large media must not stay in memory while the answer is generated.
-    del call, chat
-    return await run.answer(answer, stream, answer.failed)
+    stream, stored = chat.request.stream, call.store
+    # Large media must not stay in memory while the answer is generated, unless they are to be stored with it.
+    del call, chat, keep
+    return await run.answer(answer, stream, answer.failed, holds_body=stored)
 
 
 def _stored(store: Store, response_id: str) -> Stored:

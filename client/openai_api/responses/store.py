@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class _Turn:
     items: tuple[Mapping[str, Any], ...]
     before: _Turn | None
     size: int
-    users: int = 1
+    users: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,19 @@ class Store:
         self.max_bytes = max_bytes
         self.bytes = 0
         self._found: OrderedDict[str, Stored] = OrderedDict()
+        # large bodies are read in a thread of their own
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._found)
 
     def get(self, response_id: str) -> Stored | None:
         """A response, which is used last now; None where there is none."""
-        found = self._found.get(response_id)
-        if found is not None:
-            self._found.move_to_end(response_id)
-        return found
+        with self._lock:
+            found = self._found.get(response_id)
+            if found is not None:
+                self._found.move_to_end(response_id)
+            return found
 
     def put(
         self,
@@ -100,21 +104,33 @@ class Store:
         """
         items = (*input_items, *response["output"])
         size = _OVERHEAD + num_bytes + len(json.dumps(response))
+        if size > self.max_bytes:
+            return False
         turn = _Turn(items, before.turn if before is not None else None, size)
-        if turn.before is not None:
-            turn.before.users += 1
-        self.bytes += size
-        self._found[response["id"]] = Stored(response, len(input_items), turn)
-        while self.bytes > self.max_bytes:
-            self._drop(next(iter(self._found)))
-        return response["id"] in self._found
+        name: str = response["id"]
+        with self._lock:
+            self._hold(turn)
+            self._found[name] = Stored(response, len(input_items), turn)
+            while self.bytes > self.max_bytes:
+                self._drop(next(iter(self._found)))
+            return name in self._found
 
     def delete(self, response_id: str) -> bool:
         """Drop a response; False where there is none."""
-        if response_id not in self._found:
-            return False
-        self._drop(response_id)
-        return True
+        with self._lock:
+            if response_id not in self._found:
+                return False
+            self._drop(response_id)
+            return True
+
+    def _hold(self, turn: _Turn | None) -> None:
+        """One more needs a turn, which may have been let go of while an answer that continues it was made."""
+        while turn is not None:
+            turn.users += 1
+            if turn.users > 1:
+                return
+            self.bytes += turn.size
+            turn = turn.before
 
     def _drop(self, response_id: str) -> None:
         turn: _Turn | None = self._found.pop(response_id).turn
