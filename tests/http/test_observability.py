@@ -291,8 +291,13 @@ def test_a_collector_that_is_gone_harms_no_request(telling: Any, collector: Coll
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_prometheus_takes_configuration_and_rules() -> None:
-    subprocess.run(["promtool", "check", "config", str(ROOT / "docker/prometheus/prometheus.yml")], check=True)
+@pytest.mark.parametrize(
+    "order", [("check config", "docker/prometheus/prometheus.yml"), ("test rules", "tests/http/alerts.yml")]
+)
+def test_prometheus_takes_configuration_and_rules(order: tuple[str, str]) -> None:
+    what, path = order
+    found = subprocess.run(["promtool", *what.split(), str(ROOT / path)], check=False, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("script", ["docs/metrics_table.py", "docker/grafana/dashboards.py"])
