@@ -142,11 +142,12 @@ def _helps() -> dict[str, str]:
     """Field name -> description, from the "Attributes" section of the docstring of Settings."""
     text = inspect.getdoc(Settings) or ""
     found: dict[str, str] = {}
-    name = ""
+    names: list[str] = []
     for line in text.partition("Attributes:")[2].splitlines():
-        if match := re.match(r"    (\w+): (.*)", line):
-            name = match[1]
-            found[name] = match[2]
-        elif name:
-            found[name] += " " + line.strip()
+        if match := re.match(r"    ((?:\w+, )*\w+): (.*)", line):
+            names = match[1].split(", ")
+            found |= dict.fromkeys(names, match[2])
+        else:
+            for name in names:
+                found[name] += " " + line.strip()
     return {f.name: found.get(f.name, "").strip().removesuffix(".") for f in fields(Settings)}
