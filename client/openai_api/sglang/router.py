@@ -27,6 +27,7 @@ from ..run import TEXT_STAGES, Run, read
 from ..schemas import BOOLEAN, chat_fields, choice, text
 from ..service import Service
 from ..tokens import spell
+from ..triton import Triton
 from .answer import Answers, failed
 from .request import REFUSED, parse
 
@@ -173,8 +174,9 @@ def router(service: Service) -> APIRouter:
             wait = check.number(float(given), "timeout", 0, MAX_FLUSH_WAIT_S)
         except ValueError:
             raise invalid(f"timeout must be a number of seconds, got {given!r}", "timeout") from None
+        triton = service.triton(TEXT_STAGES)
         try:
-            await _flush(service, wait)
+            await _flush(service, triton, wait)
         except TriptychError as error:
             return PlainTextResponse(f"Cache not flushed: {error.message}\n", 400)
         return PlainTextResponse(_FLUSHED)
@@ -235,14 +237,13 @@ async def _small_body(request: Request, service: Service) -> bytes:
         ticket.release()
 
 
-async def _flush(service: Service, wait_s: float) -> None:
+async def _flush(service: Service, triton: Triton, wait_s: float) -> None:
     """Empty the caches of all stages.
 
     Raises:
         TriptychError: OVERLOADED where requests are still in the way after ``wait_s``, or what a stage says.
     """
     until = time.monotonic() + wait_s
-    triton = service.triton(TEXT_STAGES)
     # the engine first: it refuses while it has requests, and then nothing is emptied
     stages = [LANGUAGE_MODEL.name] + [
         name
