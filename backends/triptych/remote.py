@@ -264,7 +264,8 @@ class RemoteEncoderStage(Stage):
                 _LOG.warning("%s cannot be looked up: %s", address, error)
                 return
             for family, _, _, _, place in found:
-                wanted.add(f"[{place[0]}]:{place[1]}" if family == socket.AF_INET6 else f"{place[0]}:{place[1]}")
+                name = str(place[0])
+                wanted.add(f"[{name}]:{place[1]}" if family == socket.AF_INET6 else f"{name}:{place[1]}")
         with self._lock:
             gone = [self._servers.pop(address) for address in set(self._servers) - wanted]
             for address in wanted - set(self._servers):

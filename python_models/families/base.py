@@ -166,8 +166,10 @@ class Preprocessor(Protocol):
     sampling_rate: int
     """Of sounds, in Hz."""
     context_length: int
-    architectures: tuple[str, ...]
-    """As config.json says them."""
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """As config.json says them."""
 
     def spell(self, ids: Sequence[int]) -> tuple[str, list[str]]:
         """(text of token ids, special ones included, the vocabulary's spelling of each).
