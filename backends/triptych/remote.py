@@ -265,7 +265,7 @@ class RemoteEncoderStage(Stage):
                 return
             for family, _, _, _, place in found:
                 name = str(place[0])
-                wanted.add(f"[{name}]:{place[1]}" if family == socket.AF_INET6 else f"{name}:{place[1]}")
+                wanted.add(f"[{name}]:{int(port)}" if family == socket.AF_INET6 else f"{name}:{int(port)}")
         with self._lock:
             gone = [self._servers.pop(address) for address in set(self._servers) - wanted]
             for address in wanted - set(self._servers):
