@@ -19,7 +19,10 @@ from .triton import Triton
 
 log = logging.getLogger("triptych.monitor")
 
+# probes in a row that the server refused: the process is gone
 _MAX_MISSES = 2
+# ... that nobody answered: it is stuck, or this machine is very busy, and loading a model would only add to that
+_MAX_SILENT = 6
 _MAX_BACKOFF_S = 30.0
 
 
@@ -107,7 +110,7 @@ class Monitor:
             else:
                 # A busy machine can make a living process look dead once, and a reload costs all its requests.
                 misses += 1
-                if misses < _MAX_MISSES:
+                if misses < (_MAX_SILENT if error.kind is ErrorKind.TIMEOUT else _MAX_MISSES):
                     continue
                 await self._revive(stage, state, error)
                 misses = 0
