@@ -18,7 +18,8 @@ class ShimOptions:
         max_inflight_bytes: bytes of all request bodies whose media have not reached the engine yet.
         lease_s: the engine ends a request that the shim has not renewed for so long.
         probe_interval_s: pause between two probes of a stage.
-        probe_timeout_s: a probe without an answer for so long failed; six such mean a stuck stage, two refused ones a dead one.
+        probe_timeout_s: a probe without an answer for so long failed; six of them in a row mean a stuck stage, two that
+            are refused a dead one.
         queue_allowance_s: how long a request may wait for its turn before it reaches the engine, beside the time
             that its media may take.
         enable_cache_report: tell in the usage of an answer how many tokens of its prompt came from the prefix cache.
