@@ -170,7 +170,6 @@ def aiperf_runs(runs: Runs, tool: str) -> None:
         ("aiperf chat, a picture", ["--endpoint-type", "chat", *size, *longest]),
         ("aiperf chat, a sound", ["--endpoint-type", "chat", "--audio-length-mean", "1", *longest]),
         ("aiperf completions", ["--endpoint-type", "completions", *longest]),
-        ("aiperf responses", ["--endpoint-type", "responses"]),
     ):
         runs.run(name, [tool, "profile", *command, *load], lambda out: common(out, "profile_export_aiperf.json"))
 
