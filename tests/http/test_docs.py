@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ _FENCE = re.compile(
 )
 _NOT_RUN = re.compile(r"\s*<!-- not run: .{3,} -->")
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
-_SERVER = re.compile(r"(localhost|127\.0\.0\.1):30000")
+_SERVER = re.compile(r"(?:localhost|127\.0\.0\.1):(30000|800[012])\b")
+# pages that have tests of their own, which look at more than that they run
+ELSEWHERE = {"docs/python.md": "test_python_docs.py", "docs/tools.md": "test_tools.py"}
 LIMIT_S = 120
 
 
@@ -48,7 +51,11 @@ class Block:
     runs: bool
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        return f"{name(self.page)}:{self.line}"
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path) -> Iterator[Block]:
@@ -62,17 +69,16 @@ def blocks(page: Path) -> Iterator[Block]:
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
-def run(command: list[str], text: str, url: str) -> str:
+def run(command: list[str], text: str, ports: Mapping[str, int]) -> str:
     """Run a block against the server; its output."""
-    address = url.removeprefix("http://")
     done = subprocess.run(
         command,
-        input=_SERVER.sub(address, text),
+        input=_SERVER.sub(lambda match: f"127.0.0.1:{ports[match[1]]}", text),
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=LIMIT_S,
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "TRIPTYCH_URL": url},
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -90,20 +96,23 @@ def test_blocks_name_their_language() -> None:
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language in SHELL and b.runs], ids=str)
 def test_commands(block: Block, documented: Any) -> None:
-    output = run(["bash", "-euo", "pipefail", "-s"], block.body, documented.url)
+    output = run(["bash", "-euo", "pipefail", "-s"], block.body, documented)
     # curl ends well even where the answer is an error
     assert '{"error":' not in output, output
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=str)
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=name)
 def test_python(page: Path, documented: Any) -> None:
     """The Python of a page in one piece: later blocks may use what earlier ones made."""
+    if (own := ELSEWHERE.get(name(page))) is not None:
+        assert page.name in Path(__file__).with_name(own).read_text()
+        return
     code = "\n\n".join(block.body for block in blocks(page) if block.language == "python" and block.runs)
     if code:
-        run([sys.executable, "-"], code, documented.url)
+        run([sys.executable, "-"], code, documented)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     wrong = []
@@ -111,8 +120,8 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = match[1] or match[2]
         if "://" in target or target.startswith("mailto:"):
             continue
-        name, _, anchor = target.partition("#")
-        file = (page.parent / name).resolve() if name else page
+        place, _, anchor = target.partition("#")
+        file = (page.parent / place).resolve() if place else page
         if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
             wrong.append(target)
     assert not wrong, wrong
@@ -136,17 +145,31 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert (site / "index.html").is_file()
     # every page is reached, and readers fetch nothing from elsewhere
     for page in (ROOT / "docs").rglob("*.md"):
-        name = page.relative_to(ROOT / "docs").with_suffix("")
-        where = site / name / "index.html" if name.name != "index" else site / name.with_suffix(".html")
-        assert where.is_file(), name
+        place = page.relative_to(ROOT / "docs").with_suffix("")
+        where = site / place / "index.html" if place.name != "index" else site / place.with_suffix(".html")
+        assert where.is_file(), place
         outside = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', where.read_text())
-        assert not outside, (name, outside)
+        assert not outside, (place, outside)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
-def documented(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server on the built-in model, as the documentation starts it."""
+def documented(start: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, int]]:
+    """A server on the built-in model: the port of the documentation -> its own."""
     log = tmp_path_factory.mktemp("documented") / "server.log"
-    with start("--port=0", f"--server-log={log}") as served:
-        served.url = served.wait_for("ready: ").split()[1]
-        yield served
+    ports = {"8000": free_port(), "8001": free_port(), "8002": free_port()}
+    with start(
+        "--port=0",
+        f"--http-port={ports['8000']}",
+        f"--grpc-port={ports['8001']}",
+        f"--metrics-port={ports['8002']}",
+        "--open-triton-management",
+        f"--server-log={log}",
+    ) as served:
+        url = served.wait_for("ready: ").split()[1]
+        yield ports | {"30000": int(url.rpartition(":")[2])}
