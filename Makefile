@@ -31,8 +31,8 @@ serve: $(INSTALLED)   ## serve MODEL (default: the built-in one) on port 30000; 
 
 clients: $(CLIENTS)   ## the client packages that tests ask the server with: litellm, langchain-openai
 
-test: $(INSTALLED) $(CLIENTS)  ## all tests that need no GPU
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) $(CLIENTS)  ## all tests that need no GPU (two at a time)
+	@$(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
 
 parity: $(INSTALLED)  ## every model family beside transformers' generate, in process and served (two at a time)
 	@$(BIN)/python -m pytest tests/parity --families all -n 2 --dist loadgroup $(ARGS)

@@ -42,29 +42,31 @@ class _Report:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.parameters: dict[str, tuple[str, str]] = {}
         self.outcomes: dict[tuple[str, str, str], str] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
             given = getattr(getattr(item, "callspec", None), "params", {})
-            if "model_type" in given:
-                self.parameters[item.nodeid] = given["model_type"], ""
-            if "parts" in given:
-                detail = next((str(given[name]) for name in ("case", "modality", "medium_kind") if name in given), "")
-                self.parameters[item.nodeid] = given["parts"], detail
+            if family := given.get("model_type") or given.get("parts"):
+                kinds = ("case", "modality", "medium_kind") if "parts" in given else ()
+                detail = next((str(given[name]) for name in kinds if name in given), "")
+                # with several workers only reports reach the process that writes
+                item.user_properties.append(("row", (family, detail)))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.nodeid not in self.parameters or (report.when != "call" and report.passed):
+        properties = dict(report.user_properties)
+        if "row" not in properties or (report.when != "call" and report.passed):
             return
-        family, detail = self.parameters[report.nodeid]
+        family, detail = properties["row"]
         place, _, name = report.nodeid.partition("[")[0].rpartition("::")
         key = family, f"{Path(place).stem}.{name}", detail
         if self.outcomes.get(key, "passed") in ("passed", "skipped"):
-            refused = dict(report.user_properties).get("refused")
+            refused = properties.get("refused")
             self.outcomes[key] = f"refused: {refused}" if refused else report.outcome
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput"):
+            return
         ran = {(family, test.partition(".")[0]) for family, test, _ in self.outcomes}
         known = json.loads(self.path.read_text()) if self.path.is_file() else []
         rows = [row for row in known if (row[0], row[1].partition(".")[0]) not in ran]
