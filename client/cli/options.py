@@ -16,6 +16,15 @@ from .parser import CommandError
 
 # Settings whose option is not simply their name with dashes.
 _NAMES = {"model": "--model-path", "allowed_media_hosts": "--allowed-media-host"}
+# What users of SGLang and vLLM call them, and some values of them.
+_ALSO = {"tp": ("--tp-size", "--tensor-parallel-size"), "ep": ("--ep-size",)}
+_OFF = {"cuda_graphs": "--disable-cuda-graph", "prefix_cache": "--disable-radix-cache"}
+_VALUES: dict[str, dict[Any, Any]] = {
+    "attention_backend": {"fa3": "flash_attn", "torch_native": "sdpa"},
+    "mm_attention_backend": {"fa3": "flash_attn", "triton_attn": "triton"},
+    "kv_cache_dtype": {"fp8_e4m3": "fp8"},
+    "chunked_prefill_size": {-1: 0},
+}
 # Settings that hold for the endpoint's own process, whatever server it asks.
 _OF_THE_ENDPOINT_TOO = ("log_level", "log_format")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -41,9 +50,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         elif kind is bool:
             shown = " (on by default)" if field.default else ""
             group.add_argument(option, action=argparse.BooleanOptionalAction, help=text + shown, **common)
+            if (off := _OFF.get(field.name)) is not None:
+                group.add_argument(off, action="store_false", help=f"the same as --no-{option[2:]}", **common)
         elif kind in (int, float, str):
             shown = "" if field.default == "" else f" (default {field.default})"
             group.add_argument(option, type=kind, metavar=_metavar(kind), help=text + shown, **common)
+            for name in _ALSO.get(field.name, ()):
+                group.add_argument(name, type=kind, metavar=_metavar(kind), help=f"the same as {option}", **common)
         else:
             group.add_argument(option, action="append", metavar="HOST", help=text + " (may be repeated)", **common)
 
@@ -55,6 +68,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         CommandError: a value that is not allowed, or a model that is not there.
     """
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
+    given |= {name: also.get(given[name], given[name]) for name, also in _VALUES.items() if name in given}
     if args.model_argument is not None:
         if given.get("model", args.model_argument) != args.model_argument:
             raise CommandError(f"two models: {args.model_argument!r} and --model-path {given['model']!r}", "give one")

@@ -29,6 +29,8 @@ class Settings:
         trust_remote_code: run the code that a checkpoint brings along for its processor and tokenizer.
         device: "auto" (cuda where there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's on GPU, float32 on CPU), "float32", "bfloat16" or "float16".
+        quantization: how the checkpoint's weights are quantised, which it says itself; another one than it says is
+            refused. Weights are not quantised while they are loaded.
         load_format: "auto" (the checkpoint's weights) or "dummy" (random ones of the same shapes, to measure speed).
         json_model_override_args: JSON object merged over the checkpoint's config.json, in every stage.
         mm_process_config: JSON object of options for processing media, with sections image, video and audio, such as
@@ -100,6 +102,7 @@ class Settings:
     trust_remote_code: bool = False
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str = ""
     load_format: str = "auto"
     json_model_override_args: str = ""
     chat_template: str = ""

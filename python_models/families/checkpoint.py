@@ -115,7 +115,11 @@ def find_checkpoint(settings: Settings) -> Checkpoint:
         raise _not_found(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(config, dict):
         raise _not_found(f"{path} must hold a JSON object")
-    Quantisation.of(config)
+    found = Quantisation.of(config)
+    if (wanted := settings.quantization) and (found is None or wanted not in (found.method, found.declared)):
+        has = "is not quantised" if found is None else f"has {found.declared}"
+        message = f"quantization is {wanted!r}, but the checkpoint {has}; loading does not quantise weights"
+        raise TriptychError(ErrorKind.UNSUPPORTED, message, "settings.quantization")
     changes = overrides.parse(settings.json_model_override_args)
     return Checkpoint(folder, overrides.merged(config, changes), changes, config)
 

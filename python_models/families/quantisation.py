@@ -23,12 +23,14 @@ class Quantisation:
 
     Attributes:
         method: ``quant_method`` of config.json; for auto-round, whose packing it uses.
+        declared: what config.json says.
         block: rows and columns of a weight that share a scale, where config.json says so.
         group_size: inputs that share a scale; 0: all, or config.json does not say.
         zero_offset: what is added to a stored zero point.
     """
 
     method: str
+    declared: str = ""
     block: tuple[int, int] | None = None
     group_size: int = 0
     zero_offset: int = 0
@@ -74,6 +76,7 @@ class Quantisation:
         block = found.get("weight_block_size")
         return Quantisation(
             method,
+            declared=str(found.get("quant_method") or method),
             block=None if block is None else (int(block[0]), int(block[1])),
             group_size=max(int(found.get("group_size", found.get("q_group_size", 0)) or 0), 0),
             zero_offset=zero_offset,

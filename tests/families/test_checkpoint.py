@@ -180,3 +180,14 @@ def test_what_the_generic_adapter_cannot_split_says_why(tmp_path: Path, model_ty
     assert error.kind is ErrorKind.UNSUPPORTED
     assert f"is not supported because {why}" in error.message
     assert f"model_type {model_type}" in error.message
+
+
+def test_quantization_is_what_the_checkpoint_says(tmp_path: Path) -> None:
+    plain = str(write_config(tmp_path, {"model_type": "qwen2_5_vl"}))
+    with pytest.raises(TriptychError, match="'fp8', but the checkpoint is not quantised") as caught:
+        find_checkpoint(Settings(model=plain, quantization="fp8"))
+    assert (caught.value.kind, caught.value.param) == (ErrorKind.UNSUPPORTED, "settings.quantization")
+    write_config(tmp_path, {"model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "fp8"}})
+    assert find_checkpoint(Settings(model=plain, quantization="fp8")).folder == tmp_path
+    with pytest.raises(TriptychError, match="'awq', but the checkpoint has fp8"):
+        find_checkpoint(Settings(model=plain, quantization="awq"))

@@ -34,6 +34,25 @@ def test_every_setting_has_an_option_with_help(capsys: pytest.CaptureFixture[str
         assert len(after.split(" --")[0].split()) > 2, f"{field.name} has no help"
 
 
+def test_what_users_of_other_servers_call_them() -> None:
+    args = serve_args(
+        *("--tp-size", "2", "--ep-size=2", "--disable-cuda-graph", "--disable-radix-cache", "--attention-backend=fa3"),
+        *("--mm-attention-backend=triton_attn", "--kv-cache-dtype=fp8_e4m3", "--chunked-prefill-size", "-1"),
+    )
+    assert settings_of(args) == Settings(
+        tp=2,
+        ep=2,
+        cuda_graphs=False,
+        prefix_cache=False,
+        attention_backend="flash_attn",
+        mm_attention_backend="triton",
+        kv_cache_dtype="fp8",
+        chunked_prefill_size=0,
+    )
+    with pytest.raises(CommandError, match="--attention-backend must be one of auto, triton"):
+        settings_of(serve_args("--attention-backend=flashinfer"))
+
+
 def test_options_become_settings(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     args = serve_args(
@@ -80,7 +99,7 @@ def test_a_chat_template_file_is_named_by_its_whole_path(tmp_path: Path, monkeyp
         (["--limit-mm-data-per-request", '{"images": 1}'], "--limit-mm-data-per-request.images.*'image'"),
         (["--limit-mm-data-per-request", '{"image": -1}'], "at least 0"),
         (["--mm-process-config", "{"], "--mm-process-config is not JSON"),
-        (["--mm-attention-backend", "fa3"], "auto, sdpa, triton, flash_attn"),
+        (["--mm-attention-backend", "flashinfer"], "auto, sdpa, triton, flash_attn"),
         (["--mm-feature-transport", "nvlink"], "auto, cuda_ipc, cpu"),
         (["--enable-multimodal", "yes"], "auto, on, off"),
     ],
