@@ -299,11 +299,11 @@ def test_every_error_is_an_error_object_and_the_next_request_succeeds(server: An
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "not_found"),
+        ("GET", "/nowhere", 404, "not_found"),
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
         ("POST", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/v1/models/none", 404, "model_not_found"),
-        ("POST", "/v1/embeddings", 404, "not_found"),
+        ("POST", "/v1/files", 404, "not_found"),
     ],
 )
 def test_unknown_routes_and_methods(server: Any, method: str, path: str, status: int, code: str) -> None:

@@ -194,7 +194,7 @@ def test_the_sdk_takes_the_same_fields(server: Any) -> None:
         assert re.fullmatch("[xyz]{4}", client.chat("hello", regex="[xyz]{4}", temperature=0).text)
         with pytest.raises(TriptychError, match="parenthesis") as caught:
             client.chat("x", regex="(a")
-    assert caught.value.param == "grammar"
+    assert caught.value.param == "regex"
 
 
 def test_another_salt_does_not_share_the_cache(client: openai.OpenAI) -> None:

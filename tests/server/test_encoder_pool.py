@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tritonclient.utils import InferenceServerException
 
 from triptych.client.launcher import TritonServer, find_server
 from triptych.python_models.contract.errors import ErrorKind, TriptychError
@@ -80,8 +81,9 @@ def test_same_tokens_as_with_the_encoder_here(pool: Pool) -> None:
 
 
 def test_errors_of_the_other_server_arrive(pool: Pool) -> None:
-    answer = pool.front.infer("vision_encoder", {"vision_features": np.frombuffer(b"no features", dtype=np.uint8)})
-    error = TriptychError.from_wire(answer["vision_error"][0].decode())
+    with pytest.raises(InferenceServerException) as caught:
+        pool.front.infer("vision_encoder", {"vision_features": np.frombuffer(b"no features", dtype=np.uint8)})
+    error = TriptychError.from_wire(caught.value.message())
     assert (error.kind, error.param, error.stage) == (ErrorKind.INVALID_REQUEST, "features", "vision_encoder")
     assert pool.front.infer("vision_encoder", {"cancel": ["nobody"]}) == {}
 
