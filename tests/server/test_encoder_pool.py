@@ -84,7 +84,7 @@ def test_errors_of_the_other_server_arrive(pool: Pool) -> None:
     with pytest.raises(InferenceServerException) as caught:
         pool.front.infer("vision_encoder", {"vision_features": np.frombuffer(b"no features", dtype=np.uint8)})
     error = TriptychError.from_wire(caught.value.message())
-    assert (error.kind, error.param, error.stage) == (ErrorKind.INVALID_REQUEST, "features", "vision_encoder")
+    assert (error.kind, error.param, error.stage) == (ErrorKind.INVALID_REQUEST, "vision_features", "vision_encoder")
     assert pool.front.infer("vision_encoder", {"cancel": ["nobody"]}) == {}
 
 
