@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CLIENTS := .venv-clients/.installed
 
-.PHONY: help demo serve clients test parity test-gpu lint format check repository models metrics clean
+.PHONY: options docs help demo serve clients test parity test-gpu lint format check repository models metrics clean
 help:                 ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
@@ -59,6 +59,12 @@ repository: $(INSTALLED)  ## write model_repository/ anew from the contract
 
 models: $(INSTALLED)  ## write docs/models.md anew from the registry and docs/parity.json
 	@$(BIN)/python docs/models_table.py
+
+options: $(INSTALLED) ## write docs/serve.md anew from the parser
+	@$(BIN)/python docs/serve_table.py
+
+docs: $(INSTALLED)    ## the documentation as a site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 metrics: $(INSTALLED) ## write docs/metrics.md and the dashboards anew from the code
 	@$(BIN)/python docs/metrics_table.py

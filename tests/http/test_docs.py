@@ -132,6 +132,10 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
+def test_the_page_of_options_is_current() -> None:
+    subprocess.run([sys.executable, ROOT / "docs/serve_table.py", "--check"], check=True)
+
+
 def test_the_site_builds(tmp_path: Path) -> None:
     site = tmp_path / "site"
     done = subprocess.run(
