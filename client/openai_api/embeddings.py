@@ -111,7 +111,7 @@ class EmbeddingCall:
 
 @dataclass
 class EmbeddingWriter:
-    """Writes vectors in the order of what they are of (a :class:`.run.Writer` that never streams)."""
+    """Writes vectors in the order of what they are of."""
 
     call: EmbeddingCall
     model: str
@@ -120,18 +120,6 @@ class EmbeddingWriter:
     def n(self) -> int:
         """Vectors."""
         return len(self.call.asks)
-
-    def first_chunks(self) -> bytes:
-        """Nothing is streamed."""
-        raise NotImplementedError
-
-    def chunks(self, delta: Delta) -> bytes:
-        """Nothing is streamed."""
-        raise NotImplementedError
-
-    def end(self, deltas: Iterable[Delta]) -> bytes:
-        """Nothing is streamed."""
-        raise NotImplementedError
 
     def whole(self, deltas: Iterable[Delta]) -> dict[str, Any]:
         """The body.
@@ -184,7 +172,7 @@ def router(service: Service) -> APIRouter:
         work = partial(parse, served_model_name=options.served_model_name, lease_s=options.lease_s)
         call, ticket = await read(request, service, work)
         run = Run(request, service, ticket, call.asks, _in_its_words, arrival, "embd")
-        return await run.answer(EmbeddingWriter(call, options.served_model_name), stream=False)
+        return await run.whole(EmbeddingWriter(call, options.served_model_name))
 
     return routes
 

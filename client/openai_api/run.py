@@ -32,7 +32,7 @@ TEXT_STAGES = tuple(step.stage for step in CHAT_TEXT.steps)
 _PARSE_INLINE_BYTES = 2**20
 
 
-class Writer(Protocol):
+class WholeWriter(Protocol):
     """Writes deltas in the words of one endpoint.
 
     Deltas are numbered over all choices: those of the second prompt follow those of the first.
@@ -42,6 +42,13 @@ class Writer(Protocol):
     def n(self) -> int:
         """Choices of all prompts together."""
 
+    def whole(self, deltas: Iterable[Delta]) -> Any:
+        """The JSON body of an answer that is not streamed."""
+
+
+class Writer(WholeWriter, Protocol):
+    """One of an endpoint that streams too."""
+
     def first_chunks(self) -> bytes:
         """What a stream begins with."""
 
@@ -50,9 +57,6 @@ class Writer(Protocol):
 
     def end(self, deltas: Iterable[Delta]) -> bytes:
         """What follows the end of the last choice. Args: the last deltas."""
-
-    def whole(self, deltas: Iterable[Delta]) -> Any:
-        """The JSON body of an answer that is not streamed."""
 
 
 Names = Mapping[str, str] | Callable[[TriptychError], TriptychError]
@@ -166,12 +170,19 @@ class Run:
             failed: the event of a failure after the stream began.
             holds_body: the writer needs the body to the end, so it counts as held.
         """
+        if not stream:
+            return await self.whole(writer, holds_body)
         try:
-            deltas = await self._next()
-            if not holds_body:
-                self._ticket.release_bytes()
-            if stream:
-                return sse.EventStream(self._events(writer, deltas, failed), self._close)
+            deltas = await self._first(holds_body)
+        except BaseException:
+            self._close()
+            raise
+        return sse.EventStream(self._events(writer, deltas, failed), self._close)
+
+    async def whole(self, writer: WholeWriter, holds_body: bool = False) -> Response:
+        """The response in one piece. Args: see :meth:`answer`."""
+        try:
+            deltas = await self._first(holds_body)
             while sum(bool(delta.finish_reason) for delta in deltas) < writer.n:
                 deltas += await self._next()
             body = writer.whole(deltas)
@@ -180,6 +191,12 @@ class Run:
             raise
         self._close()
         return JSONResponse(body)
+
+    async def _first(self, holds_body: bool) -> list[Delta]:
+        deltas = await self._next()
+        if not holds_body:
+            self._ticket.release_bytes()
+        return deltas
 
     async def _events(
         self, writer: Writer, deltas: list[Delta], failed: Callable[[TriptychError], bytes]
