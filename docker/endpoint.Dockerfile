@@ -1,7 +1,9 @@
 # The OpenAI-compatible endpoint alone: no torch, no GPU; see docker/README.md.
 # hadolint ignore=DL3006
-ARG PYTHON_TAG
-FROM python:${PYTHON_TAG}
+ARG ENDPOINT_BASE
+FROM ${ENDPOINT_BASE}
+# where the image's Python belongs to the distribution
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
 WORKDIR /opt/triptych
 COPY docker/endpoint.txt ./
 RUN python3 -m pip install --no-cache-dir -r endpoint.txt
