@@ -388,7 +388,8 @@ def test_deadline_kills_a_stuck_decoder(
     make: Callable[..., Any], make_clip: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "FIRST_DECODER_SHARE", 2.0)
-    running = make(("video",), mm_per_request_timeout=1.5)
+    # long enough for a new worker to start on a busy machine
+    running = make(("video",), mm_per_request_timeout=5)
     (worker,) = running.workers
     os.kill(worker.pid, signal.SIGSTOP)
     assert running.start([blob("video")], make_clip()).error.kind is ErrorKind.TIMEOUT
