@@ -12,6 +12,7 @@ COPY kernels kernels
 COPY backends backends
 COPY python_models python_models
 COPY client client
+COPY triptych triptych
 RUN python3 -m pip install --no-cache-dir --no-deps .
 COPY docker/endpoint.sh /usr/local/bin/triptych-endpoint
 WORKDIR /var/lib/triptych

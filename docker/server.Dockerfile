@@ -10,6 +10,7 @@ COPY kernels kernels
 COPY backends backends
 COPY python_models python_models
 COPY client client
+COPY triptych triptych
 RUN python3 -m pip install --no-cache-dir -c constraints.txt .
 COPY docker/server.sh /usr/local/bin/triptych-server
 # The server puts its working directory on the import path of every model process; it must not be the source tree.

@@ -6,9 +6,11 @@ model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -71,17 +73,25 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 def run(command: list[str], text: str, ports: Mapping[str, int]) -> str:
     """Run a block against the server; its output."""
-    done = subprocess.run(
+    with subprocess.Popen(
         command,
-        input=_SERVER.sub(lambda match: f"127.0.0.1:{ports[match[1]]}", text),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        timeout=LIMIT_S,
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+        start_new_session=True,
+    ) as process:
+        try:
+            text = _SERVER.sub(lambda match: f"127.0.0.1:{ports[match[1]]}", text)
+            out, errors = process.communicate(text, timeout=LIMIT_S)
+        finally:
+            # whatever a block has started and left
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"{out[-2000:]}\n{errors[-4000:]}"
+    return out
 
 
 def test_blocks_name_their_language() -> None:
