@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   triptych chat --image cat.png --image dog.jpg "Which one is larger?"
   triptych chat --video clip.mp4 --audio voice.wav --max-tokens 64 "What happens, and what is said?" """
 
+URL = "TRIPTYCH_URL"
 _AUDIO_FORMATS = ("wav", "mp3", "flac", "ogg")
 
 
@@ -43,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", help="the question; - reads it from standard input")
     for kind, words in (("image", "picture"), ("video", "video"), ("audio", "sound")):
         parser.add_argument(f"--{kind}", action=_Append, metavar="FILE", help=f"a {words}; may be repeated")
-    parser.add_argument("--url", default="http://127.0.0.1:30000", help="the server (default %(default)s)")
+    parser.add_argument(
+        "--url",
+        default=os.environ.get(URL, "http://127.0.0.1:30000"),
+        help=f"the server (default: that of {URL}, else http://127.0.0.1:30000)",
+    )
     parser.add_argument("--model", help="name of the model (default: the one it serves)")
     parser.add_argument("--system", metavar="TEXT", help="a system message before the question")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="tokens of the answer at most")

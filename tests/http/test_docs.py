@@ -73,6 +73,7 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 def run(command: list[str], text: str, ports: Mapping[str, int]) -> str:
     """Run a block against the server; its output."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -80,7 +81,7 @@ def run(command: list[str], text: str, ports: Mapping[str, int]) -> str:
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env=os.environ | {"PATH": path, "TRIPTYCH_URL": f"http://127.0.0.1:{ports['30000']}"},
         start_new_session=True,
     ) as process:
         try:
