@@ -13,12 +13,20 @@ from fastapi.responses import Response
 
 from triptych.python_models.contract import _check as check
 from triptych.python_models.contract.errors import ErrorKind, TriptychError, invalid
-from triptych.python_models.contract.request import ChatRequest, RawPrompt, cache_salt, priority, prompt_ids
+from triptych.python_models.contract.request import ChatRequest, RawPrompt, prompt_ids
 from triptych.python_models.contract.sampling import MAX_CHOICES, MAX_TOP_LOGPROBS, SamplingParams
 
 from . import parts
 from .documentation import described
-from .fields import StreamOptions, check_model, json_object, optional_boolean, parse_sampling, parse_stream_options
+from .fields import (
+    StreamOptions,
+    check_model,
+    json_object,
+    optional_boolean,
+    parse_sampling,
+    parse_stream_options,
+    priority_and_salt,
+)
 from .run import Run, read
 from .schemas import BOOLEAN, chat_fields, choice, integer
 from .service import Service
@@ -201,8 +209,7 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> CompletionCall
         sampling,
         stream,
         lease_s,
-        priority=0 if data.get("priority") is None else priority(data["priority"]),
-        cache_salt="" if data.get("cache_salt") is None else parts.text(cache_salt(data["cache_salt"]), "cache_salt"),
+        **priority_and_salt(data),
     )
     requests = tuple(replace(first, prompt=prompt) for prompt in prompts)
     return CompletionCall(requests, keep, echo, logprobs, stream_options, {**_NAMES, **names}, timings)

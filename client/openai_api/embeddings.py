@@ -21,12 +21,12 @@ from fastapi.responses import Response
 from triptych.python_models.contract import _check as check
 from triptych.python_models.contract.delta import Delta
 from triptych.python_models.contract.errors import TriptychError, invalid
-from triptych.python_models.contract.request import ChatRequest, RawPrompt, TemplateInputs, cache_salt, priority
+from triptych.python_models.contract.request import ChatRequest, RawPrompt, TemplateInputs
 from triptych.python_models.contract.request import prompt_ids as checked_ids
 
 from . import parts
 from .documentation import described
-from .fields import check_model, json_object
+from .fields import check_model, json_object, priority_and_salt
 from .run import Ask, Run, read
 from .service import Service
 
@@ -205,8 +205,7 @@ def parse(body: bytes, served_model_name: str, lease_s: float) -> EmbeddingCall:
         (),
         stream=False,
         lease_s=lease_s,
-        priority=0 if data.get("priority") is None else priority(data["priority"]),
-        cache_salt="" if data.get("cache_salt") is None else parts.text(cache_salt(data["cache_salt"]), "cache_salt"),
+        **priority_and_salt(data),
         embed=True,
     )
     variables = data.get("chat_template_kwargs")

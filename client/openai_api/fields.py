@@ -118,8 +118,7 @@ def parse_fields(data: Mapping[str, Any], served_model_name: str, lease_s: float
         sampling,
         stream,
         lease_s,
-        priority=0 if data.get("priority") is None else priority(data["priority"]),
-        cache_salt="" if data.get("cache_salt") is None else parts.text(cache_salt(data["cache_salt"]), "cache_salt"),
+        **priority_and_salt(data),
         template=_template(data, messages),
     )
     if request.template.tools:
@@ -244,6 +243,20 @@ def _response_format(value: Any) -> tuple[str, dict[str, Any]] | None:
     optional_boolean(form, "strict", where)
     schema = check.mapping(form.get("schema"), f"{where}.schema")
     return f"{where}.schema", {"type": "json_schema", "value": schema}
+
+
+def priority_and_salt(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ``ChatRequest`` that a body names as the contract does, where it gives them.
+
+    Raises:
+        TriptychError: INVALID_REQUEST naming the field.
+    """
+    given: dict[str, Any] = {}
+    if data.get("priority") is not None:
+        given["priority"] = priority(data["priority"])
+    if data.get("cache_salt") is not None:
+        given["cache_salt"] = parts.text(cache_salt(data["cache_salt"]), "cache_salt")
+    return given
 
 
 def optional_boolean(data: Mapping[str, Any], name: str, where: str = "") -> bool:
